@@ -1,0 +1,3 @@
+"""caching"""
+
+assert __name__.startswith("fewstep."), "import fewstep.caching instead"

@@ -1,0 +1,30 @@
+"""Pipelines: the embedded models, recipes, and schemes that run a whole trajectory.
+
+Names are loaded on first use, so that ``import fewstep`` and listing the models cost neither torch nor diffusers.
+"""
+
+from typing import TYPE_CHECKING
+
+assert __name__.startswith("fewstep."), "import fewstep.pipelines instead"
+
+if TYPE_CHECKING:
+    from fewstep.pipelines.zoo import Model as Model
+    from fewstep.pipelines.zoo import load as load
+    from fewstep.pipelines.zoo import models as models
+
+_MODULES = {"zoo": ("Model", "load", "models")}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["Model", "load", "models"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(f"fewstep.pipelines.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'fewstep.pipelines' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,3 @@
+"""quant"""
+
+assert __name__.startswith("fewstep."), "import fewstep.quant instead"

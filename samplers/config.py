@@ -1,0 +1,128 @@
+"""What a diffusers scheduler config says, in our words: which noise schedule, and which grid.
+
+diffusers spells the same fact in several ways (``use_flow_sigmas`` or a ``FlowMatch...`` class, four exclusive
+``use_*_sigmas`` booleans beside ``timestep_spacing``); this is the one place that knows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fewstep.errors import FewstepError, unknown
+from fewstep.samplers.betas import betas
+from fewstep.samplers.schedule import EDM, PREDICTIONS, ContinuousVP, DiscreteVP, Flow, NoiseSchedule
+
+_NO_FAMILY = (
+    "CosineDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+    "ConsistencyDecoderScheduler",
+    "IPNDMScheduler",
+    "KarrasVeScheduler",
+    "SCMScheduler",
+    "ScoreSdeVeScheduler",
+    "ScoreSdeVpScheduler",
+    "VQDiffusionScheduler",
+)
+"""Schedulers whose process or time embedding is none of ours; guessing one would silently give wrong pictures."""
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` describes a flow-matching model, in any of diffusers' spellings."""
+    return bool(
+        "FlowMatch" in str(config.get("_class_name", ""))
+        or config.get("prediction_type") == "flow_prediction"
+        or config.get("use_flow_sigmas")
+    )
+
+
+def is_edm(config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` describes a model with EDM's preconditioning."""
+    return config.get("sigma_data") is not None
+
+
+def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the facts that diffusers spells by class name or by another key written under our keys.
+
+    A scheduler of another class is then made from the result without losing them, and diffusers' own schedulers
+    still understand it. ``config`` is not changed.
+    """
+    out = dict(config)
+    used_defaults = set(out.get("_use_default_values", []))
+    if is_flow(out):
+        out["prediction_type"] = "flow_prediction"
+        out["use_flow_sigmas"] = True
+        if "shift" in out and ("flow_shift" not in out or "flow_shift" in used_defaults):
+            out["flow_shift"] = out["shift"]
+        used_defaults -= {"prediction_type", "use_flow_sigmas", "flow_shift"}
+    elif str(out.get("_class_name", "")).startswith("EDM"):
+        out.setdefault("sigma_data", 0.5)
+        used_defaults -= {"sigma_data", "sigma_min", "sigma_max"}
+    if out.get("grid") is None:
+        for key in ("karras", "exponential", "beta"):
+            if out.get(f"use_{key}_sigmas"):
+                out["grid"] = key
+        if out.get("use_lu_lambdas"):
+            out["grid"] = "lu"
+        if "grid" in out:
+            used_defaults.discard("grid")
+    if "_use_default_values" in out:
+        out["_use_default_values"] = sorted(used_defaults)
+    return out
+
+
+def schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> NoiseSchedule:
+    """The noise schedule that ``config`` (of any diffusers scheduler) describes.
+
+    ``mu`` is the resolution-dependent shift that pipelines of flow models compute; it needs ``use_dynamic_shifting``.
+
+    Raises:
+        FewstepError: an unknown beta schedule, prediction type or time shift, a process that belongs to no family, or
+            dynamic shifting without ``mu``.
+    """
+    name = str(config.get("_class_name", ""))
+    if name in _NO_FAMILY:
+        raise FewstepError(f"{name} describes a process that is neither vp, ve nor flow; give a config of one that is")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise FewstepError(unknown("prediction_type", prediction, PREDICTIONS))
+    steps = int(config.get("num_train_timesteps") or 1000)
+
+    if is_flow(config):
+        shift = config.get("flow_shift", config.get("shift"))
+        return Flow(steps, _flow_shift(config, 1.0 if shift is None else float(shift), mu), config.get("shift_terminal"))
+    if is_edm(config):
+        return EDM(
+            float(config.get("sigma_min") or 0.002),
+            float(config.get("sigma_max") or 80.0),
+            {"epsilon": "edm", "v_prediction": "edm_v"}.get(prediction, prediction),  # type: ignore[arg-type]
+            float(config["sigma_data"]),
+        )
+    if config.get("timestep_type") == "continuous":
+        return ContinuousVP(float(config.get("sigma_min") or 0.002), float(config.get("sigma_max") or 700.0), prediction)
+
+    trained = config.get("trained_betas")
+    table = (
+        trained
+        if trained is not None
+        else betas(
+            config.get("beta_schedule", "linear"),
+            steps,
+            float(config.get("beta_start", 1e-4)),
+            float(config.get("beta_end", 0.02)),
+        )
+    )
+    return DiscreteVP.from_betas(table, prediction, bool(config.get("rescale_betas_zero_snr")))
+
+
+def _flow_shift(config: Mapping[str, Any], shift: float, mu: float | None) -> float:
+    """The factor s of the shift; ``mu`` (exp(mu), or mu itself for the linear kind) replaces the static one."""
+    if not config.get("use_dynamic_shifting"):
+        return shift  # diffusers' pipelines pass mu to statically shifted models too, and mean nothing by it
+    if mu is None:
+        raise FewstepError("this model's shift depends on the resolution: set_timesteps needs mu (its pipeline computes it)")
+    kind = config.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise FewstepError(unknown("time_shift_type", kind, ("exponential", "linear")))
+    return math.exp(mu) if kind == "exponential" else float(mu)

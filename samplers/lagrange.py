@@ -1,0 +1,129 @@
+"""One row for most of the literature: integrate a polynomial through past outputs against the exact kernel.
+
+A semi-linear diffusion ODE is solved exactly but for the network's output m along the step; replacing m by the Lagrange
+polynomial through the nodes that are known gives the row's weights. The choices are the basis (which output is
+interpolated), the variable (in what it is a polynomial) and the nodes:
+
+    data, lambda, {s0, s1}          DPM-Solver++ 2M "heun"                 noise, lambda    diffusers' DEIS, DPM-Solver
+    data, lambda, {s0, s1, s2}      DPM-Solver++ 3M exact, UniP-3          noise, rho       DEIS rho-AB, LMS
+    data, lambda, {t, s0, ...}      UniC (implicit)                        velocity, sigma  Adams-Bashforth on flows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.samplers.grid import Point
+from fewstep.samplers.moments import exponential_moments
+
+Basis = Literal["data", "noise", "velocity"]
+Variable = Literal["lambda", "rho", "sigma", "t"]
+VARIABLES: dict[str, tuple[str, ...]] = {"data": ("lambda",), "noise": ("lambda", "rho"), "velocity": ("sigma",)}
+
+
+class Row(NamedTuple):
+    """x_t = state * x_s + sum_j outputs[j] * m_j + noise * z; outputs newest first, all 0-d float64."""
+
+    state: Tensor
+    outputs: list[Tensor]
+    noise: Tensor | None = None
+
+
+def linear_part(basis: Basis, s: Point, t: Point) -> Tensor:
+    """The factor on x_s that solves the linear part exactly."""
+    if basis == "data":
+        return t.sigma / s.sigma
+    if basis == "noise":
+        if float(s.alpha.detach()) == 0:
+            raise FewstepError(
+                "a noise-basis step cannot start at alpha = 0 (zero terminal SNR, or flow time 1): use the data basis "
+                "(algorithm_type='dpmsolver++', predict_x0=True)"
+            )
+        return t.alpha / s.alpha
+    return torch.ones_like(t.sigma)
+
+
+def lagrange_row(
+    basis: Basis,
+    variable: Variable,
+    nodes: Sequence[Point],
+    s: Point,
+    t: Point,
+    *,
+    eta: float = 0.0,
+    moment_factors: Sequence[float] = (),
+) -> Row:
+    """The row from s to t that is exact for outputs polynomial in ``variable`` of degree < ``len(nodes)``.
+
+    With h = lambda_t - lambda_s and l_j the Lagrange basis of the nodes:
+
+        data      x_t = (sigma_t/sigma_s) e^{-eta h} x_s + alpha_t sum_j m_j (1 + eta) int e^{(1+eta)(u-h)} l_j du + c z
+        noise     x_t = (alpha_t/alpha_s) x_s - sigma_t sum_j m_j int e^{h-u} l_j du          (variable lambda)
+                  x_t = (alpha_t/alpha_s) x_s + alpha_t sum_j m_j int l_j d rho               (variable rho)
+        velocity  x_t = x_s + sum_j m_j int l_j d sigma
+
+    eta > 0 (data basis only) is the reverse SDE, c = sigma_t sqrt(1 - e^{-2 eta h}); eta = 1 is sde-dpmsolver++.
+
+    Nodes may include t itself (an implicit row, as in a corrector). A node at lambda = -inf (the first point of a flow or
+    of a zero-terminal-SNR grid) carries no weight: the polynomial through it tends to the one without it. A step from
+    or to an infinite lambda is exact for constants only, so there it needs exactly one usable node.
+
+    ``moment_factors`` scale the moments of degree 0, 1, ...; they exist to write down published solvers that differ from
+    the exact row by just that.
+
+    Sources: exponential Adams-Bashforth, 2204.13902 eq. 14 and 15; 2211.01095 eq. 9; 2302.04867 theorem 3.1.
+    """
+    if variable not in VARIABLES[basis]:
+        raise FewstepError(f"no closed form for basis {basis!r} in variable {variable!r}; {basis} goes with {VARIABLES[basis]}")
+    if eta and basis != "data":
+        raise FewstepError("eta > 0 (the reverse SDE) needs the data basis")
+    zero = torch.zeros_like(t.sigma)
+    usable = [j for j, node in enumerate(nodes) if variable != "lambda" or not math.isinf(float(node.lam.detach()))]
+    if not usable and len(nodes) == 1:
+        usable = [0]  # the very first step from alpha = 0: a constant is all there is
+    k = len(usable)
+
+    state = linear_part(basis, s, t)
+    noise = None
+    if variable == "lambda":
+        h = t.lam - s.lam
+        if k > 1 and math.isinf(float(h.detach())):
+            raise FewstepError("a step from or to an infinite lambda must be of first order; lower the order there")
+        r = {"data": 1.0 + eta, "noise": -1.0}[basis]
+        if math.isinf(float(h.detach())):
+            # the limits: data J_0 = 1; noise sigma_t K_0 = sigma_t e^h - sigma_t = alpha_t rho_s (and sigma_t = 0)
+            moments = [t.alpha if basis == "data" else -t.alpha * s.rho]
+        else:
+            scale = t.alpha * (1 + eta) if basis == "data" else -t.sigma
+            moments = [scale * m * math.factorial(i) / h**i for i, m in enumerate(exponential_moments(h, k, r))]
+        if eta:
+            state = state * torch.exp(-eta * h)
+            noise = t.sigma * torch.sqrt(-torch.expm1(-2 * eta * h))
+        place = [(nodes[j].lam - s.lam) / h for j in usable] if k > 1 else []
+    else:
+        v = (lambda p: p.rho) if variable == "rho" else (lambda p: p.sigma)
+        step = v(t) - v(s)
+        scale = t.alpha * step if basis == "noise" else step
+        moments = [scale / (i + 1) for i in range(k)]
+        place = [(v(nodes[j]) - v(s)) / step for j in usable] if k > 1 else []
+
+    moments = [m * f for m, f in zip_longest(moments, moment_factors[:k], fillvalue=1.0)]
+    outputs = [zero] * len(nodes)
+    for j, weight in zip(usable, _interpolation_weights(place, moments), strict=True):
+        outputs[j] = weight
+    return Row(state, outputs, noise)
+
+
+def _interpolation_weights(place: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tensor]:
+    """w_j with sum_j w_j place_j^i = moments_i: what integrating the Lagrange basis in a step-scaled variable gives."""
+    if len(moments) == 1:
+        return [moments[0]]
+    vandermonde = torch.stack([torch.stack([p**i for p in place]) for i in range(len(moments))])
+    return list(torch.linalg.solve(vandermonde, torch.stack(list(moments))).unbind())

@@ -1,0 +1,310 @@
+"""SolverPlan: a sampler as data. Every step is a row of numbers, decided before the first network call.
+
+    X_{i+1} = sum_k state[i, k] X_{i-k} + sum_k output[i, k] m_{i-k} + noise[i] z_i + constant[i] mu
+
+m_i is the network's output at X_i, converted to the row's basis (data x0, noise eps, or velocity eps - x0). Column k = 0
+of ``state`` is the usual case; further columns are Runge-Kutta stages that restart from an older state (the base pointer
+of singlestep methods) or methods that mix old states in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.artifact import read_json, read_tensors, write_json, write_tensors
+from fewstep.errors import ArtifactError, PlanError, unknown
+from fewstep.samplers.grid import Grid
+from fewstep.samplers.lagrange import Basis, Row
+from fewstep.samplers.schedule import PREDICTIONS, NoiseSchedule, f64
+
+BASES: tuple[Basis, ...] = ("data", "noise", "velocity")
+_ARRAYS = ("state", "output", "noise", "constant", "alpha", "sigma", "model_time", "in_scale", "evaluate")
+_IDENTITY = {"data": (1.0, 0.0), "noise": (0.0, 1.0), "velocity": (-1.0, 1.0)}
+"""What a unit of m adds to (alpha, sigma) when x0 and eps are constant along the trajectory."""
+
+
+@dataclass(frozen=True, eq=False)
+class SolverPlan:
+    """N rows, all float64 on the host. Immutable, so threads share one; run state lives elsewhere.
+
+    Made by ``Solver.compile(schedule, grid)``, checked by :meth:`validate`, kept by :meth:`save`.
+    """
+
+    state: Tensor
+    """(N, V): state[i, k] multiplies X_{i-k}."""
+    output: Tensor
+    """(N, W): output[i, k] multiplies m_{i-k}; W is the history width."""
+    noise: Tensor
+    """(N,): multiplies a standard normal draw."""
+    constant: Tensor
+    """(N,): multiplies the constant tensor mu (mean-reverting diffusion, a residual shift's low-resolution image)."""
+    alpha: Tensor
+    """(N+1,): alpha of every state X_i."""
+    sigma: Tensor
+    """(N+1,): sigma of every state X_i."""
+    model_time: Tensor
+    """(N,): what the network is fed at X_i."""
+    in_scale: Tensor
+    """(N,): factor on X_i before the network."""
+    evaluate: Tensor
+    """(N,) bool: whether row i calls the network; rows that do not (re-noising, a clean-up) have no m_i."""
+    basis: tuple[Basis, ...]
+    """(N,): the basis of m_i."""
+    prediction: str
+    """What the network predicts: epsilon, sample, v_prediction, flow_prediction, edm or edm_v."""
+    schedule: Mapping[str, Any]
+    """Identity of the noise schedule that the plan was made for."""
+    fingerprint: str
+    """Its fingerprint."""
+    method: str = "custom"
+    order: int = 1
+    init_scale: float = 1.0
+    """Standard normal noise times this is X_0."""
+    sigma_data: float = 1.0
+    grid_name: str = "custom"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    # -- derived ------------------------------------------------------------------------------------------------------
+    @property
+    def steps(self) -> int:
+        """N, the number of rows."""
+        return len(self.noise)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one trajectory (a pipeline with classifier-free guidance doubles the batch)."""
+        return int(self.evaluate.sum())
+
+    @property
+    def history(self) -> int:
+        """How many outputs the longest row reads, the newest included."""
+        used = (self.output != 0).any(0).nonzero()
+        return int(used.max()) + 1 if len(used) else 0
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether any row draws noise."""
+        return bool((self.noise != 0).any())
+
+    @property
+    def base(self) -> tuple[int, ...]:
+        """For each row the index of the oldest state that it starts from (its own index for a multistep method)."""
+        return tuple(i - int(row.nonzero().max()) if row.any() else i for i, row in enumerate(self.state != 0))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the numbers carry gradients; the executor then keeps them as tensors."""
+        return any(getattr(self, name).requires_grad for name in _ARRAYS)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the numbers and what they mean, shortened to 16 hexadecimal digits."""
+        h = hashlib.sha256(repr((self.basis, self.prediction, self.fingerprint, self.init_scale, self.sigma_data)).encode())
+        for name in _ARRAYS:
+            h.update(getattr(self, name).detach().contiguous().numpy().tobytes())
+        return h.hexdigest()[:16]
+
+    def __str__(self) -> str:
+        kind = "stochastic" if self.has_noise else "deterministic"
+        head = (
+            f"SolverPlan {self.method}: {self.steps} rows, {self.nfe} network calls, order {self.order}, "
+            f"history {self.history}, {kind}, grid {self.grid_name}, predicts {self.prediction}"
+        )
+        rows = [head]
+        for i in range(self.steps):
+            m = " ".join(f"{w:+.5f} m{i - k}" for k, w in enumerate(self.output[i].tolist()) if w)
+            x = " ".join(f"{w:+.5f} X{i - k}" for k, w in enumerate(self.state[i].tolist()) if w)
+            z = f" {self.noise[i]:+.5f} z" if self.noise[i] else ""
+            mu = f" {self.constant[i]:+.5f} mu" if self.constant[i] else ""
+            time = f"{self.model_time[i]:>9.3f}" if self.evaluate[i] else "  no call"
+            rows.append(f"  {i:>3} t={time} {self.basis[i]:<5} X{i + 1} = {x} {m}{z}{mu}")
+        return "\n".join(rows)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+    def problems(self) -> list[str]:
+        """Every way in which the plan contradicts itself, as sentences; empty for a sound plan.
+
+        A sound row is exact when x0 and eps do not change: what it makes of (alpha_i, sigma_i) is (alpha_{i+1},
+        sigma_{i+1}), noise adding in quadrature. Learned coefficients may break that on purpose, therefore a list.
+        The tolerance is 1e-10 of the sum of the magnitudes: float64 rounding through a badly conditioned row.
+        """
+        found = self._malformed()
+        if found:
+            return found
+        state, output, alpha, sigma = (getattr(self, n).detach().tolist() for n in ("state", "output", "alpha", "sigma"))
+        for i in range(self.steps):
+            past = [(w, i - k) for k, w in enumerate(state[i]) if w]
+            used = [(w, i - k) for k, w in enumerate(output[i]) if w]
+            if any(j < 0 for _, j in past + used):
+                found.append(f"row {i} reads a state or an output from before the start")
+                continue
+            if bad := [j for _, j in used if not self.evaluate[j]]:
+                found.append(f"row {i} reads m_{bad[0]}, but row {bad[0]} does not call the network")
+                continue
+            if self.constant[i]:
+                continue  # the mean-reverting family has a third moment that (alpha, sigma) do not carry
+            for what, column, target, noise in (
+                ("alpha", 0, alpha[i + 1], 0.0),
+                ("sigma", 1, sigma[i + 1], float(self.noise[i])),
+            ):
+                marginal = (alpha, sigma)[column]
+                terms = [w * marginal[j] for w, j in past] + [w * _IDENTITY[self.basis[j]][column] for w, j in used]
+                got = math.hypot(math.fsum(terms), noise)
+                got = got if math.fsum(terms) >= 0 or noise else math.fsum(terms)
+                if not abs(got - target) <= 1e-10 * (sum(map(abs, terms)) + abs(target) + 1e-300):
+                    found.append(f"row {i} leads to {what} = {got:.12g}, its target is {target:.12g}")
+        return found
+
+    def validate(self, *, strict: bool = True) -> SolverPlan:
+        """Raise :class:`PlanError` with the first contradictions, or with ``strict=False`` only for malformed arrays."""
+        found = self.problems() if strict else self._malformed()
+        if found:
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            raise PlanError(f"plan {self.method}: " + "; ".join(found[:3]) + more)
+        return self
+
+    def _malformed(self) -> list[str]:
+        n = len(self.noise)
+        shapes = {
+            "constant": (n,), "model_time": (n,), "in_scale": (n,), "evaluate": (n,), "alpha": (n + 1,), "sigma": (n + 1,),
+        }  # fmt: skip
+        found = [
+            f"{name} has shape {tuple(getattr(self, name).shape)}, {shape} is needed"
+            for name, shape in shapes.items()
+            if tuple(getattr(self, name).shape) != shape
+        ]
+        found += [
+            f"{name} has shape {tuple(getattr(self, name).shape)}, ({n}, width) is needed"
+            for name in ("state", "output")
+            if getattr(self, name).ndim != 2 or len(getattr(self, name)) != n
+        ]
+        found += [f"{name} has values that are not finite" for name in _ARRAYS if not bool(getattr(self, name).isfinite().all())]
+        if n == 0 or len(self.basis) != n or not set(self.basis) <= set(BASES):
+            found.append(f"a plan of {n} rows needs {max(n, 1)} bases out of {', '.join(BASES)}, got {self.basis}")
+        if self.prediction not in PREDICTIONS:
+            found.append(unknown("prediction type", self.prediction, PREDICTIONS))
+        if not found and not bool(self.evaluate[0]):
+            found.append("row 0 must call the network")
+        return found
+
+    # -- other plans --------------------------------------------------------------------------------------------------
+    def tail(self, begin: int) -> SolverPlan:
+        """The plan from row ``begin`` on (image to image).
+
+        Rows that would read outputs or states from before the start become first-order rows: the warm-up restarts. A
+        solver that is at hand does better by compiling ``grid.tail(begin)``; this serves plans from files.
+        """
+        if not 0 <= begin < self.steps:
+            raise PlanError(f"begin index {begin} is outside a plan of {self.steps} rows (0 to {self.steps - 1})")
+        if not bool(self.evaluate[begin]):
+            raise PlanError(f"row {begin} does not call the network, so a run cannot begin there")
+        state, output = self.state[begin:].clone(), self.output[begin:].clone()
+        for i in range(min(self.steps - begin, max(self.state.shape[1], self.output.shape[1]))):
+            if not (bool((state[i, i + 1 :] != 0).any()) or bool((output[i, i + 1 :] != 0).any())):
+                continue
+            j = begin + i
+            row = first_order_row(self.basis[j], self.alpha[j : j + 2], self.sigma[j : j + 2], self.noise[j])
+            state[i], output[i] = 0, 0
+            state[i, 0], output[i, 0] = row.state, row.outputs[0]
+        cut = {name: getattr(self, name)[begin:] for name in _ARRAYS[2:]}
+        return replace(self, state=state, output=output, basis=self.basis[begin:], method=f"{self.method}[{begin}:]", **cut)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` (JSON, must end in .json) and its arrays beside it (.safetensors), each atomically.
+
+        The JSON is written last and holds the arrays' sha256, so a half-written plan is never taken for a whole one.
+        """
+        path = _json_path(path)
+        arrays = path.with_suffix(".safetensors")
+        digest = write_tensors(arrays, {name: getattr(self, name) for name in _ARRAYS})
+        body = {name: getattr(self, name) for name in _HEADER}
+        write_json(path, "SolverPlan", {**body, "basis": list(self.basis), "arrays": arrays.name, "arrays_sha256": digest})
+
+    @classmethod
+    def load(cls, path: str | Path, schedule: NoiseSchedule | None = None) -> SolverPlan:
+        """Read a plan; with ``schedule`` also refuse one that was made for another noise schedule or prediction type.
+
+        Raises:
+            ArtifactError: unreadable, another kind or version, missing or damaged arrays, another model's fingerprint.
+            PlanError: the arrays are malformed.
+        """
+        path = _json_path(path)
+        body = read_json(path, "SolverPlan", required=(*_HEADER, "basis", "arrays", "arrays_sha256"))
+        arrays = read_tensors(path.with_name(body.pop("arrays")), body.pop("arrays_sha256"), _ARRAYS)
+        plan = cls(**arrays, **{**body, "basis": tuple(body["basis"])}).validate(strict=False)
+        if schedule is not None:
+            plan.check_schedule(schedule, str(path))
+        return plan
+
+    def check_schedule(self, schedule: NoiseSchedule, source: str = "the plan") -> None:
+        """Raise :class:`ArtifactError` unless the plan was made for ``schedule``."""
+        if self.fingerprint != schedule.fingerprint:
+            raise ArtifactError(
+                f"{source} was made for {dict(self.schedule)} (fingerprint {self.fingerprint}), "
+                f"this model's schedule is {schedule.identity()} (fingerprint {schedule.fingerprint})"
+            )
+
+
+_HEADER = (
+    "prediction", "schedule", "fingerprint", "method", "order", "init_scale", "sigma_data", "grid_name", "provenance",
+)  # fmt: skip
+
+
+def first_order_row(basis: Basis, alpha: Tensor, sigma: Tensor, noise: Tensor) -> Row:
+    """DDIM from (alpha[0], sigma[0]) to (alpha[1], sigma[1]), leaving room for ``noise`` in the variance."""
+    quiet = torch.sqrt((sigma[1] ** 2 - noise**2).clamp(min=0))
+    if basis == "data":
+        a = quiet / sigma[0]
+        return Row(a, [alpha[1] - a * alpha[0]])
+    if basis == "noise":
+        a = alpha[1] / alpha[0]
+        return Row(a, [quiet - a * sigma[0]])
+    return Row(torch.ones_like(quiet), [quiet - sigma[0]])
+
+
+def plan_from_rows(
+    schedule: NoiseSchedule, grid: Grid, basis: Basis, rows: Sequence[Row], *, method: str, order: int
+) -> SolverPlan:
+    """Assemble the plan of a method with one network call per grid interval and one state column."""
+    width = max(len(row.outputs) for row in rows)
+    zero = f64(0.0)
+    outputs = [torch.stack([*row.outputs, *[zero] * (width - len(row.outputs))]) for row in rows]
+    alpha, sigma = grid.alpha, grid.sigma
+    n = len(rows)
+    return SolverPlan(
+        state=torch.stack([row.state for row in rows]).unsqueeze(1),
+        output=torch.stack(outputs),
+        noise=torch.stack([zero if row.noise is None else row.noise for row in rows]),
+        constant=f64([0.0] * n),
+        alpha=alpha,
+        sigma=sigma,
+        model_time=grid.model_time,
+        in_scale=schedule.in_scale(sigma[:-1]),
+        evaluate=torch.ones(n, dtype=torch.bool, device="cpu"),
+        basis=(basis,) * n,
+        prediction=schedule.prediction,
+        schedule=schedule.identity(),
+        fingerprint=schedule.fingerprint,
+        method=method,
+        order=order,
+        init_scale=float(schedule.init_scale(alpha[0], sigma[0])),
+        sigma_data=schedule.sigma_data,
+        grid_name=grid.name,
+    )
+
+
+def _json_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ArtifactError(f"a plan's path must end in .json (its arrays lie beside it), got {str(path)!r}")
+    return path

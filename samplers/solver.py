@@ -1,0 +1,97 @@
+"""What a solver is: a frozen value that compiles a noise schedule and a grid into a plan."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from fewstep.errors import FewstepError, GridError, unknown
+from fewstep.samplers.grid import Grid, Point
+from fewstep.samplers.lagrange import Basis, Row
+from fewstep.samplers.plan import SolverPlan, plan_from_rows
+from fewstep.samplers.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A sampling method with its options. Hashable, immutable, without run state."""
+
+    @abstractmethod
+    def compile(self, schedule: NoiseSchedule, grid: Grid) -> SolverPlan:
+        """The plan of this method on ``grid``; validated unless it is being differentiated.
+
+        Raises:
+            FewstepError: the method cannot run on this grid or this family; the message says what can.
+        """
+
+    def __str__(self) -> str:
+        """The name and the options that differ from their defaults."""
+        options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(options)})"
+
+
+@dataclass(frozen=True)
+class Multistep(Solver):
+    """Base of methods that call the network once an interval and reuse past outputs: a subclass is one :meth:`row`.
+
+    Orders warm up (1, 2, ..., order) and, where asked, come down again at the end. A step from or to an infinite lambda
+    (flow time 1, zero terminal SNR, sigma = 0) is of first order, because interpolation in lambda has no meaning there.
+    """
+
+    order: int = 2
+    lower_order_final: bool = True
+    """Come down to first order at the end, by one a step."""
+    lower_order_below: int | None = 15
+    """Do that only on grids of fewer steps than this (diffusers' rule for all but UniPC); None: always."""
+    euler_at_final: bool = False
+    """Make just the last step first order."""
+    basis: Basis = "data"
+    """Which converted output the rows combine: x0 (data) or eps (noise)."""
+
+    max_order: ClassVar[int] = 3
+    bases: ClassVar[tuple[Basis, ...]] = ("data", "noise")
+
+    def __post_init__(self) -> None:
+        if self.basis not in self.bases:
+            raise FewstepError(unknown(f"basis of {type(self).__name__}", self.basis, self.bases))
+        if isinstance(self.order, bool) or self.order not in range(1, self.max_order + 1):
+            raise FewstepError(f"{type(self).__name__} has orders 1 to {self.max_order}, got order={self.order!r}")
+
+    @abstractmethod
+    def row(self, s: Point, t: Point, past: Sequence[Point]) -> Row:
+        """The step from ``s`` to ``t``; ``past`` holds the nodes to use, ``past[0]`` being s, as many as the order."""
+
+    def orders(self, grid: Grid) -> list[int]:
+        """The order of every step."""
+        n, lam = grid.steps, grid.lam.tolist()
+        lowering = self.lower_order_final and (self.lower_order_below is None or n < self.lower_order_below)
+        result = []
+        for i in range(n):
+            p = min(self.order, i + 1)
+            if lowering:
+                p = min(p, n - i)
+            if (self.euler_at_final and i == n - 1) or math.isinf(lam[i]) or math.isinf(lam[i + 1]):
+                p = 1
+            result.append(p)
+        return result
+
+    def rows(self, points: Sequence[Point], orders: Sequence[int]) -> list[Row]:
+        """All rows; ``orders[i]`` outputs are read by row i."""
+        return [
+            self.row(points[i], points[i + 1], [points[i - k] for k in range(p)]) for i, p in enumerate(orders)
+        ]
+
+    @property
+    def convergence_order(self) -> int:
+        """p with a global error of O(h^p) on smooth outputs, given starting steps that are as accurate."""
+        return self.order
+
+    def compile(self, schedule: NoiseSchedule, grid: Grid) -> SolverPlan:
+        if grid.schedule != schedule:
+            raise GridError(f"this grid was made for {grid.schedule.identity()}, not for {schedule.identity()}")
+        rows = self.rows(grid.points(), self.orders(grid))
+        plan = plan_from_rows(schedule, grid, self.basis, rows, method=str(self), order=self.convergence_order)
+        return plan if plan.requires_grad else plan.validate()

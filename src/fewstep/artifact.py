@@ -1,0 +1,101 @@
+"""Files that plans and grids are kept in: JSON that a person can read, beside safetensors for arrays; never pickle.
+
+A file is written beside its name and then renamed, so a reader sees the old one or the whole new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` atomically and durably; a missing folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, kind: str, body: Mapping[str, Any]) -> None:
+    """Write ``body`` with its ``kind`` and the schema version."""
+    text = json.dumps({"kind": kind, "schema_version": SCHEMA_VERSION, **body}, indent=2, allow_nan=False)
+    write_bytes(path, text.encode() + b"\n")
+
+
+def read_json(path: str | Path, kind: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote.
+
+    Raises:
+        ArtifactError: missing, not JSON, of another kind or version, or with missing or unknown keys.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is not a readable JSON file: {error}") from error
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
+        raise ArtifactError(f"{path} holds {found!r}, a {kind} is needed")
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema version {data.get('schema_version')!r}; this fewstep reads version {SCHEMA_VERSION}"
+        )
+    body = {k: v for k, v in data.items() if k not in ("kind", "schema_version")}
+    if missing := [k for k in required if k not in body]:
+        raise ArtifactError(f"{path} lacks {', '.join(missing)}")
+    if extra := sorted(set(body) - {*required, *optional}):
+        raise ArtifactError(f"{path} has unknown keys {', '.join(extra)}")
+    return body
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write ``tensors`` as safetensors, atomically; returns the sha256 of the file."""
+    from safetensors.torch import save
+
+    data = save({k: v.detach().contiguous() for k, v in tensors.items()})
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: str | Path, sha256: str, required: Sequence[str]) -> dict[str, Tensor]:
+    """Read what :func:`write_tensors` wrote.
+
+    Raises:
+        ArtifactError: missing, other bytes than were written, or an array missing or too many.
+    """
+    from safetensors.torch import load
+
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ArtifactError(f"{path} is damaged or belongs to another file: its sha256 is not the recorded one")
+    tensors = load(data)
+    if missing := [k for k in required if k not in tensors]:
+        raise ArtifactError(f"{path} lacks the arrays {', '.join(missing)}")
+    if extra := sorted(set(tensors) - set(required)):
+        raise ArtifactError(f"{path} has unknown arrays {', '.join(extra)}")
+    return tensors

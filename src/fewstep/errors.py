@@ -1,0 +1,32 @@
+"""The errors that bad input raises: one sentence with the offending value and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FewstepError(ValueError):
+    """Base of every error that a user's input can cause; the command line turns it into exit code 2."""
+
+
+class GridError(FewstepError):
+    """A time grid that no solver can run on."""
+
+
+class PlanError(FewstepError):
+    """A plan that contradicts itself, its model or its schedule."""
+
+
+class ArtifactError(FewstepError):
+    """A file that is missing, damaged, of another version, or made for something else."""
+
+
+def unknown(what: str, value: object, known: Iterable[object]) -> str:
+    """``unknown("grid", "karas", [...])`` -> a sentence that names the value, the nearest known one, and all of them."""
+    names = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {value!r}{hint} Known: {', '.join(names)}" if hint else (
+        f"unknown {what} {value!r}; known: {', '.join(names)}"
+    )
