@@ -1,6 +1,9 @@
-"""Samplers: noise schedules, grids, solver plans and their builders, the executor, and diffusers schedulers over them."""
+"""Samplers: noise schedules, grids, solver plans and their builders, the executor, and diffusers schedulers over them.
 
-assert __name__.startswith("fewstep."), "import fewstep.samplers instead"
+The schedulers need diffusers and are imported on first use; all else needs torch only.
+"""
+
+from typing import TYPE_CHECKING
 
 from fewstep.samplers.ddim import DDIM as DDIM
 from fewstep.samplers.deis import DEIS as DEIS
@@ -12,4 +15,31 @@ from fewstep.samplers.grid import Grid as Grid
 from fewstep.samplers.lagrange import lagrange_row as lagrange_row
 from fewstep.samplers.plan import SolverPlan as SolverPlan
 from fewstep.samplers.schedule import NoiseSchedule as NoiseSchedule
+from fewstep.samplers.solver import Solver as Solver
+from fewstep.samplers.specs import make_scheduler as make_scheduler
+from fewstep.samplers.specs import parse_spec as parse_spec
+from fewstep.samplers.specs import scheduler_names as scheduler_names
 from fewstep.samplers.unipc import UniPC as UniPC
+
+assert __name__.startswith("fewstep."), "import fewstep.samplers instead"
+
+if TYPE_CHECKING:
+    from fewstep.samplers.schedulers import DDIMScheduler as DDIMScheduler
+    from fewstep.samplers.schedulers import DEISScheduler as DEISScheduler
+    from fewstep.samplers.schedulers import DPMSolverScheduler as DPMSolverScheduler
+    from fewstep.samplers.schedulers import PlanScheduler as PlanScheduler
+    from fewstep.samplers.schedulers import UniPCScheduler as UniPCScheduler
+
+_SCHEDULERS = ("DDIMScheduler", "DEISScheduler", "DPMSolverScheduler", "PlanScheduler", "UniPCScheduler")
+
+
+def __getattr__(name: str) -> object:
+    if name in _SCHEDULERS:
+        from fewstep.samplers import schedulers
+
+        return getattr(schedulers, name)
+    raise AttributeError(f"module 'fewstep.samplers' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SCHEDULERS])

@@ -34,6 +34,8 @@ def is_flow(config: Mapping[str, Any]) -> bool:
         "FlowMatch" in str(config.get("_class_name", ""))
         or config.get("prediction_type") == "flow_prediction"
         or config.get("use_flow_sigmas")
+        # the config of a scheduler that was never saved does not name its class; only flow matching has a shift without betas
+        or ("shift" in config and "beta_schedule" not in config)
     )
 
 
@@ -59,14 +61,6 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     elif str(out.get("_class_name", "")).startswith("EDM"):
         out.setdefault("sigma_data", 0.5)
         used_defaults -= {"sigma_data", "sigma_min", "sigma_max"}
-    if out.get("grid") is None:
-        for key in ("karras", "exponential", "beta"):
-            if out.get(f"use_{key}_sigmas"):
-                out["grid"] = key
-        if out.get("use_lu_lambdas"):
-            out["grid"] = "lu"
-        if "grid" in out:
-            used_defaults.discard("grid")
     if "_use_default_values" in out:
         out["_use_default_values"] = sorted(used_defaults)
     return out
@@ -91,18 +85,30 @@ def schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> 
 
     if is_flow(config):
         shift = config.get("flow_shift", config.get("shift"))
-        return Flow(steps, _flow_shift(config, 1.0 if shift is None else float(shift), mu), config.get("shift_terminal"))
+        return Flow(
+            steps,
+            _flow_shift(config, 1.0 if shift is None else float(shift), mu),
+            config.get("shift_terminal"),
+            dynamic=bool(config.get("use_dynamic_shifting")),
+        )
     if is_edm(config):
         return EDM(
             float(config.get("sigma_min") or 0.002),
             float(config.get("sigma_max") or 80.0),
-            {"epsilon": "edm", "v_prediction": "edm_v"}.get(prediction, prediction),  # type: ignore[arg-type]
+            {"epsilon": "edm", "v_prediction": "edm_v"}.get(prediction, prediction),
             float(config["sigma_data"]),
         )
     if config.get("timestep_type") == "continuous":
-        return ContinuousVP(float(config.get("sigma_min") or 0.002), float(config.get("sigma_max") or 700.0), prediction)
+        return ContinuousVP(
+            float(config.get("sigma_min") or 0.002), float(config.get("sigma_max") or 700.0), prediction
+        )
 
     trained = config.get("trained_betas")
+    if trained is None and "beta_schedule" not in config:
+        raise FewstepError(
+            f"the config of {name or 'this scheduler'} names no noise schedule: it has neither beta_schedule, "
+            "trained_betas, sigma_data nor a flow shift"
+        )
     table = (
         trained
         if trained is not None
@@ -113,7 +119,10 @@ def schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> 
             float(config.get("beta_end", 0.02)),
         )
     )
-    return DiscreteVP.from_betas(table, prediction, bool(config.get("rescale_betas_zero_snr")))
+    snr_shift = config.get("snr_shift_scale")
+    return DiscreteVP.from_betas(
+        table, prediction, bool(config.get("rescale_betas_zero_snr")), 1.0 if snr_shift is None else float(snr_shift)
+    )
 
 
 def _flow_shift(config: Mapping[str, Any], shift: float, mu: float | None) -> float:
@@ -121,8 +130,33 @@ def _flow_shift(config: Mapping[str, Any], shift: float, mu: float | None) -> fl
     if not config.get("use_dynamic_shifting"):
         return shift  # diffusers' pipelines pass mu to statically shifted models too, and mean nothing by it
     if mu is None:
-        raise FewstepError("this model's shift depends on the resolution: set_timesteps needs mu (its pipeline computes it)")
+        raise FewstepError(
+            "this model's shift depends on the resolution: set_timesteps needs mu (its pipeline computes it)"
+        )
     kind = config.get("time_shift_type", "exponential")
     if kind not in ("exponential", "linear"):
         raise FewstepError(unknown("time_shift_type", kind, ("exponential", "linear")))
     return math.exp(mu) if kind == "exponential" else float(mu)
+
+
+def grid_name(config: Mapping[str, Any]) -> str:
+    """The grid that ``config`` asks for: our ``grid`` key, else diffusers' ``use_*_sigmas``, else ``timestep_spacing``.
+
+    Flow models without a ``grid`` take ``trailing``, which is what their pipelines ask of diffusers' own schedulers; EDM
+    models, which have no training timesteps, take ``karras``.
+    """
+    if config.get("grid"):
+        return str(config["grid"])
+    for key, name in (
+        ("use_karras_sigmas", "karras"),
+        ("use_exponential_sigmas", "exponential"),
+        ("use_beta_sigmas", "beta"),
+        ("use_lu_lambdas", "lu"),
+    ):
+        if config.get(key):
+            return name
+    if is_flow(config):
+        return "trailing"
+    if is_edm(config) or config.get("timestep_type") == "continuous":
+        return "exponential" if config.get("sigma_schedule") == "exponential" else "karras"
+    return str(config.get("timestep_spacing") or "linspace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,8 +11,10 @@ from fewstep.errors import FewstepError, PlanError
 from fewstep.samplers.lagrange import Basis
 
 
-def conversion(prediction: str, basis: Basis, alpha: Tensor, sigma: Tensor, sigma_data: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(p, q) with m = p X + q raw at a state X = alpha x0 + sigma eps; 0-d float64.
+def conversion(
+    prediction: str, basis: Basis, alpha: Tensor, sigma: Tensor, sigma_data: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(p, q) with m = p X + q raw at states X = alpha x0 + sigma eps; float64, of the shape of alpha.
 
     Closed forms, so that nothing cancels where sigma is small:
 
@@ -30,7 +31,7 @@ def conversion(prediction: str, basis: Basis, alpha: Tensor, sigma: Tensor, sigm
     if basis == "velocity":  # eps - x0
         if prediction == "flow_prediction":
             return torch.zeros_like(sigma), torch.ones_like(sigma)
-        (pe, qe), (px, qx) = (conversion(prediction, b, alpha, sigma, sigma_data) for b in ("noise", "data"))  # type: ignore[arg-type]
+        (pe, qe), (px, qx) = (conversion(prediction, b, alpha, sigma, sigma_data) for b in ("noise", "data"))
         return pe - px, qe - qx
     zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
     if prediction == "epsilon":
@@ -56,7 +57,7 @@ def conversion(prediction: str, basis: Basis, alpha: Tensor, sigma: Tensor, sigm
 
 
 def _divides(value: Tensor, where: str, why: str) -> None:
-    if float(value.detach()) == 0:
+    if bool((value.detach() == 0).any()):
         raise PlanError(f"the grid has a state with {where}: {why}")
 
 
@@ -90,6 +91,11 @@ class DynamicThreshold:
         return torch.clamp(x0, -s, s) / s
 
 
-def clip(limit: float) -> Callable[[Tensor], Tensor]:
-    """Clip x0 to [-limit, limit] (DDIM's ``clip_sample``)."""
-    return lambda x0: x0.clamp(-limit, limit)
+class Clip:
+    """x0 <- clip(x0, -limit, limit): DDIM's ``clip_sample``, for pixel-space models."""
+
+    def __init__(self, limit: float = 1.0) -> None:
+        self.limit = limit
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        return x0.clamp(-self.limit, self.limit)

@@ -58,7 +58,9 @@ class DPMSolver(Multistep):
             if value not in known:
                 raise FewstepError(unknown(what, value, known))
         if self.eta < 0 or (self.eta and self.basis != "data"):
-            raise FewstepError(f"eta must be at least 0, and 0 in the noise basis; got eta={self.eta}, basis {self.basis!r}")
+            raise FewstepError(
+                f"eta must be at least 0, and 0 in the noise basis; got eta={self.eta}, basis {self.basis!r}"
+            )
 
     @property
     def convergence_order(self) -> int:
@@ -70,4 +72,3 @@ class DPMSolver(Multistep):
             return secant_row(first, 0.5 * first.outputs[0], s, t, past[1])
         halved = (1.0, 1.0, 0.5) if len(past) == 3 and self.third_order == "as_published" else ()
         return lagrange_row(self.basis, "lambda", past, s, t, eta=self.eta, moment_factors=halved)
-

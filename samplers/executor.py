@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,39 +18,41 @@ from fewstep.errors import FewstepError, PlanError
 from fewstep.samplers.convert import Hook, conversion
 from fewstep.samplers.plan import SolverPlan
 
-Number = Union[float, Tensor]
+Number: TypeAlias = float | Tensor
 """A coefficient: a host float, or a 0-d float64 tensor where gradients are wanted."""
-Generators = Union[torch.Generator, Sequence[torch.Generator], None]
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row with everything that can be known before the run."""
+    """One row with everything that can be known before the run.
+
+    Outputs are stored scaled, m' = X + (q/p) raw wherever p is not 0: that is one pass over memory in place of two, and
+    the scale p goes into the weights of every row that reads m'.
+    """
 
     evaluate: bool
     in_scale: Number
     convert: tuple[Number, Number]
-    """(p, q): m = p X + q raw."""
+    """(p, q): the stored output is p X + q raw."""
     to_x0: tuple[Number, Number]
-    """(u, v): x0 = u X + v m."""
+    """(u, v): x0 = u X + v m'."""
     from_x0: tuple[Number, Number]
-    """(u, v): m = u X + v x0, for hooks."""
+    """(u, v): m' = u X + v x0, for hooks."""
     state: Number
-    older_states: tuple[tuple[int, Number], ...]
     output: Number
-    older_outputs: tuple[tuple[int, Number], ...]
+    folded: tuple[Number, Number]
+    """(weight of X, weight of raw), the row with its conversion folded in."""
+    older: tuple[tuple[bool, int, Number], ...]
+    """(is an output, index, weight) of everything else that the row reads."""
     noise: Number
     constant: Number
     keep_state: bool
     """A later row reads X_i."""
     keep_output: bool
     """A later row reads m_i."""
-    forget_states: tuple[int, ...]
-    forget_outputs: tuple[int, ...]
-
-    @property
-    def is_tensor(self) -> bool:
-        return isinstance(self.state, Tensor)
+    forget: tuple[tuple[bool, int], ...]
+    """What no later row reads."""
 
 
 @dataclass
@@ -83,6 +85,9 @@ class Executor:
         self.plan, self.hook, self.constant = plan, hook, constant
         self.rows = _bind(plan)
 
+    def __deepcopy__(self, memo: object) -> Executor:
+        return self  # immutable: a copied scheduler shares it and copies only its run
+
     @cached_property
     def calls(self) -> tuple[int, ...]:
         """The rows that call the network, in order."""
@@ -107,153 +112,163 @@ class Executor:
         if run.i >= len(self.rows):
             raise FewstepError(f"this run is over: its {len(self.rows)} rows are done; start a new one")
         dtype = x.dtype
-        x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+        if dtype is torch.float16 or dtype is torch.bfloat16:
+            x = x.float()
         y = self._row(run, raw, x, generator, noise)
         while run.i < len(self.rows) and not self.rows[run.i].evaluate:
             y = self._row(run, None, y, generator, noise)
-        return y if y.dtype == dtype else y.to(dtype)
+        return y if y.dtype is dtype else y.to(dtype)
 
     def x0(self, run: Run) -> Tensor:
         """The network's current idea of the clean sample, at the last step taken (previews, callbacks)."""
         if run.last is None:
             raise FewstepError("no step has been taken yet, so there is no predicted x0")
         i, x, m, converted = run.last
-        return _combine(self._x0_terms(self.rows[i], x, m, converted))
+        return self._x0(self.rows[i], x, m, converted)
 
     def _row(self, run: Run, raw: Tensor | None, x: Tensor, generator: Generators, noise: Tensor | None) -> Tensor:
         i, row = run.i, self.rows[run.i]
         if raw is None:
-            terms: list[tuple[Number, Tensor]] = [(row.state, x)]
-        elif row.keep_output or row.is_tensor or self.hook is not None:
+            y = _scaled(x, row.state)
+        elif row.keep_output or self.hook is not None:
             m = self._output(row, x, raw)
-            terms = [(row.state, x), (row.output, m)]
             run.last = (i, x, m, True)
             if row.keep_output:
                 run.outputs[i] = m
+            y = _add(_scaled(x, row.state), m, row.output)
         else:
-            # nobody reads this output again: fold the conversion into the row and save two passes over memory
-            p, q = row.convert
-            terms = [(row.state + row.output * p, x), (row.output * q, raw)]
+            # nobody reads this output again: the conversion is folded into the row
             run.last = (i, x, raw, False)
+            u, v = row.folded
+            y = _add(_scaled(x, u), raw, v)
         if row.keep_state:
             run.states[i] = x
-        terms += [(w, run.states[j]) for j, w in row.older_states]
-        terms += [(w, run.outputs[j]) for j, w in row.older_outputs]
-        if self.constant is not None and not _is_zero(row.constant):
-            terms.append((row.constant, self.constant.to(x)))
-        if not _is_zero(row.noise):
-            terms.append((row.noise, draw(x, generator) if noise is None else noise.to(x)))
-        y = _combine(terms)
-        for j in row.forget_states:
-            run.states.pop(j, None)
-        for j in row.forget_outputs:
-            run.outputs.pop(j, None)
+        for is_output, j, w in row.older:
+            y = _add(y, run.outputs[j] if is_output else run.states[j], w)
+        if self.constant is not None:
+            y = _add(y, self.constant.to(x), row.constant)
+        if not (row.noise.__class__ is float and row.noise == 0.0):
+            y = _add(y, draw(x, generator) if noise is None else noise.to(x), row.noise)
+        for is_output, j in row.forget:
+            (run.outputs if is_output else run.states).pop(j, None)
         run.i = i + 1
         return y
 
     def _output(self, row: _Row, x: Tensor, raw: Tensor) -> Tensor:
-        """m, a tensor of our own: a compiled network may reuse the memory of ``raw`` at its next call."""
+        """m', a tensor of our own: a compiled network may reuse the memory of ``raw`` at its next call."""
         if self.hook is None:
             p, q = row.convert
-            return _combine([(p, x), (q, raw)])
-        x0 = self.hook(_combine(self._x0_terms(row, x, raw, False)))
+            if p.__class__ is float and p == 1.0 and q.__class__ is float:
+                return torch.add(x, raw, alpha=q).to(x.dtype)
+            return _add(_scaled(raw.to(x.dtype), q), x, p)
+        x0 = self.hook(self._x0(row, x, raw, False))
         u, v = row.from_x0
-        return _combine([(u, x), (v, x0)])
+        return _add(_scaled(x0, v), x, u)
 
     @staticmethod
-    def _x0_terms(row: _Row, x: Tensor, m: Tensor, converted: bool) -> list[tuple[Number, Tensor]]:
+    def _x0(row: _Row, x: Tensor, m: Tensor, converted: bool) -> Tensor:
         u, v = row.to_x0
-        if converted:
-            return [(u, x), (v, m)]
-        p, q = row.convert
-        return [(u + v * p, x), (v * q, m)]
+        if not converted:
+            p, q = row.convert
+            u, v = u + v * p, v * q
+        return _add(_scaled(m.to(x.dtype), v), x, u)
 
 
-def _is_zero(value: Number) -> bool:
-    return isinstance(value, float) and value == 0.0
+def _scaled(t: Tensor, w: Number) -> Tensor:
+    """A new tensor w t; 0 t is 0 even where t is not finite."""
+    if w.__class__ is float:
+        return torch.mul(t, w) if w else torch.zeros_like(t)
+    return (w * t).to(t.dtype)
 
 
-def _combine(terms: list[tuple[Number, Tensor]]) -> Tensor:
-    """sum_j w_j t_j in the dtype of the first tensor; zero weights cost nothing and let no NaN through."""
-    live = [(w, t) for w, t in terms if not _is_zero(w)]
-    dtype = terms[0][1].dtype
-    if not live:
-        return torch.zeros_like(terms[0][1])
-    (w, t), rest = live[0], live[1:]
-    if not all(isinstance(w, float) for w, _ in live):
-        total = w * t
-        for w, t in rest:
-            total = total + w * t
-        return total.to(dtype)
-    y = torch.mul(t if t.dtype == dtype else t.to(dtype), w)
-    for w, t in rest:
-        y.add_(t, alpha=w)
-    return y
+def _add(y: Tensor, t: Tensor, w: Number) -> Tensor:
+    """y + w t, in place where w is a plain number (y is then our own); a zero weight costs nothing and lets no NaN through."""
+    if w.__class__ is float:
+        return y.add_(t, alpha=w) if w else y
+    return (y + w * t).to(y.dtype)
 
 
 def draw(like: Tensor, generator: Generators) -> Tensor:
     """Standard normal noise of the shape, dtype and device of ``like``; sample i from generator i when a list is given."""
-    if isinstance(generator, (list, tuple)):
+    if generator is not None and not isinstance(generator, torch.Generator):
         if len(generator) != len(like):
-            raise FewstepError(f"{len(generator)} generators were given for a batch of {len(like)}; one a sample is needed")
+            raise FewstepError(
+                f"{len(generator)} generators were given for a batch of {len(like)}; one a sample is needed"
+            )
         return torch.cat([draw(like[i : i + 1], g) for i, g in enumerate(generator)])
-    device = generator.device if isinstance(generator, torch.Generator) else like.device
-    noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)  # type: ignore[call-overload]
-    return noise.to(like.device)  # type: ignore[no-any-return]
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 def _bind(plan: SolverPlan) -> list[_Row]:
-    """The rows of ``plan`` as plain numbers, with what each may forget."""
+    """The rows of ``plan`` as plain numbers (or 0-d tensors, if they carry gradients), with what each may forget."""
     n = plan.steps
-    keep = plan.requires_grad
-    number: Callable[[Tensor], Number] = (lambda v: v) if keep else (lambda v: float(v))
-    state_reads = [_reads(plan.state[i], i) for i in range(n)]
-    output_reads = [_reads(plan.output[i], i) for i in range(n)]
-    last_state = _last_use(state_reads)
-    last_output = _last_use(output_reads)
+    numbers: Callable[[Tensor], list[Any]] = (
+        (lambda v: list(v.unbind())) if plan.requires_grad else (lambda v: v.tolist())
+    )
+    p, q, to_x0, from_x0 = _conversions(plan)
+    # the scale of each stored output, see _Row
+    scaled = (p.detach() != 0) & plan.evaluate
+    scale = torch.where(scaled, p, torch.ones_like(p))
+    p, q = torch.where(scaled, torch.ones_like(p), p), q / scale
+    to_x0, from_x0 = (to_x0[0], to_x0[1] * scale), (from_x0[0] / scale, from_x0[1] / scale)
+    weights = [
+        [w * scale[i - k] if i >= k else w for k, w in enumerate(row.unbind())] for i, row in enumerate(plan.output)
+    ]
+    output = [numbers(torch.stack(row)) for row in weights]
+    state = [numbers(row) for row in plan.state]
+    reads = [
+        [(False, i - k, w) for k, w in enumerate(state[i]) if k and w != 0]
+        + [(True, i - k, w) for k, w in enumerate(output[i]) if k and w != 0]
+        for i in range(n)
+    ]
+    last = {(is_output, j): i for i in range(n) for is_output, j, _ in reads[i]}
+    columns = (p, q, *to_x0, *from_x0, plan.in_scale, plan.noise, plan.constant)
     rows = []
-    for i in range(n):
-        alpha, sigma = plan.alpha[i], plan.sigma[i]
+    for i, (pi, qi, xu, xv, mu, mv, in_scale, noise, constant) in enumerate(zip(*map(numbers, columns), strict=True)):
         evaluate = bool(plan.evaluate[i])
-        basis = plan.basis[i]
+        a, b = state[i][0], output[i][0] if evaluate else 0.0
+        rows.append(
+            _Row(
+                evaluate=evaluate,
+                in_scale=in_scale,
+                convert=(pi, qi),
+                to_x0=(xu, xv),
+                from_x0=(mu, mv),
+                state=a,
+                output=b,
+                folded=(a + b * pi, b * qi),
+                older=tuple(reads[i]),
+                noise=noise,
+                constant=constant,
+                keep_state=(False, i) in last,
+                keep_output=(True, i) in last,
+                forget=tuple(key for key, at in last.items() if at == i),
+            )
+        )
+    return rows
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _conversions(plan: SolverPlan) -> tuple[Tensor, Tensor, Pair, Pair]:
+    """(p, q), to_x0 and from_x0 of all rows, (N,) each; zeros where a row calls no network."""
+    columns = [torch.zeros_like(plan.noise) for _ in range(6)]
+    for basis in set(plan.basis):
+        mine = torch.tensor([b == basis for b in plan.basis]) & plan.evaluate
+        alpha, sigma = plan.alpha[:-1][mine], plan.sigma[:-1][mine]
         one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
-        convert = conversion(plan.prediction, basis, alpha, sigma, plan.sigma_data) if evaluate else (zero, zero)
+        p, q = conversion(plan.prediction, basis, alpha, sigma, plan.sigma_data)
         if basis == "data":
             to_x0, from_x0 = (zero, one), (zero, one)
         elif basis == "noise":
             to_x0, from_x0 = (1 / alpha, -sigma / alpha), (1 / sigma, -alpha / sigma)
         else:  # velocity u = eps - x0 of a flow, X = (1 - sigma) x0 + sigma eps
             to_x0, from_x0 = (one, -sigma), (1 / sigma, -1 / sigma)
-        pair: Callable[[tuple[Tensor, Tensor]], tuple[Number, Number]] = lambda ab: (number(ab[0]), number(ab[1]))
-        rows.append(
-            _Row(
-                evaluate=evaluate,
-                in_scale=number(plan.in_scale[i]),
-                convert=pair(convert),
-                to_x0=pair(to_x0),
-                from_x0=pair(from_x0),
-                state=number(plan.state[i, 0]),
-                older_states=tuple((j, number(plan.state[i, i - j])) for j in state_reads[i] if j != i),
-                output=number(plan.output[i, 0]) if evaluate else 0.0,
-                older_outputs=tuple((j, number(plan.output[i, i - j])) for j in output_reads[i] if j != i),
-                noise=number(plan.noise[i]),
-                constant=number(plan.constant[i]) if plan.constant[i] else 0.0,
-                keep_state=last_state.get(i, i) > i,
-                keep_output=last_output.get(i, i) > i,
-                forget_states=tuple(j for j, last in last_state.items() if last == i),
-                forget_outputs=tuple(j for j, last in last_output.items() if last == i),
-            )
-        )
-    return rows
-
-
-def _reads(weights: Tensor, i: int) -> list[int]:
-    """Indices that a banded row reads."""
-    return [i - int(k) for k in weights.detach().nonzero()[:, 0]]
-
-
-def _last_use(reads: Sequence[Sequence[int]]) -> dict[int, int]:
-    return {j: i for i, row in enumerate(reads) for j in row}
+        columns = [c.masked_scatter(mine, v) for c, v in zip(columns, (p, q, *to_x0, *from_x0), strict=True)]
+    p, q, xu, xv, mu, mv = columns
+    return p, q, (xu, xv), (mu, mv)
 
 
 def sample(

@@ -138,7 +138,12 @@ class Grid:
 
     @classmethod
     def sigmas(
-        cls, schedule: NoiseSchedule, sigmas: Tensor | Sequence[float], *, terminal: Terminal = "zero", name: str = "sigmas"
+        cls,
+        schedule: NoiseSchedule,
+        sigmas: Tensor | Sequence[float],
+        *,
+        terminal: Terminal = "zero",
+        name: str = "sigmas",
     ) -> Grid:
         """From decreasing sigmas in diffusers' convention (rho for vp and ve, sigma for flow), taken as they are.
 
@@ -202,7 +207,7 @@ class Grid:
         if isinstance(schedule, Flow):
             if spacing not in ("linspace", "trailing"):
                 raise GridError(unknown("timestep_spacing of a flow model", spacing, ("linspace", "trailing")))
-            low = 1 / n if spacing == "trailing" else schedule.shifted(f64([1 / schedule.num_train_timesteps])).item()
+            low = 1 / n if spacing == "trailing" else schedule.linspace_end
             values = schedule.shifted(torch.linspace(1, low, n, dtype=torch.float64, device="cpu"))
             return cls.sigmas(schedule, values, terminal=terminal, name=spacing)
         if not isinstance(schedule, DiscreteVP):
@@ -210,9 +215,9 @@ class Grid:
         total = len(schedule.log_rho)
         usable = int((schedule.log_rho <= -lambda_min_clipped).sum())
         tau = _spaced(total, n, spacing, convention == "dpm", offset, usable)
-        if terminal == "sigma_min" and tau[-1] == 0:
-            raise GridError(
-                f"{spacing} spacing already evaluates at timestep 0, where terminal='sigma_min' ends; use terminal='zero'"
+        if tau[-1] == 0:
+            terminal = (
+                "zero"  # the smallest training sigma is evaluated already; diffusers would spend a call on a no-op
             )
         return cls.timesteps(schedule, tau, terminal=terminal, name=spacing)
 
@@ -243,6 +248,8 @@ class Grid:
         """Uniform in lambda over the training range, DPM-Solver's logSNR grid (2206.00927, section 3.4)."""
         _check_steps(n)
         hi, lo = _finite_range(schedule)
+        if schedule.family == "flow":
+            hi = 1 - lo  # sigma = 1 lies at lambda = -inf; the training step below it is the mirror image of the last
         ends = schedule.lam_from_sigma(f64([hi, lo])).tolist()
         k = n + 1 if terminal == "sigma_min" else n
         lam = ends[0] + spacing.ramp(k) * (ends[1] - ends[0])
@@ -252,7 +259,12 @@ class Grid:
 
     @classmethod
     def ays(
-        cls, schedule: NoiseSchedule, n: int, *, family: Literal["sd", "sdxl", "svd"] = "sd", terminal: Terminal = "zero"
+        cls,
+        schedule: NoiseSchedule,
+        n: int,
+        *,
+        family: Literal["sd", "sdxl", "svd"] = "sd",
+        terminal: Terminal = "zero",
     ) -> Grid:
         """Align Your Steps (2404.14507): the published list of ``family``, log-linearly interpolated to n steps."""
         _check_steps(n)
@@ -334,8 +346,11 @@ class Grid:
                 f"{path} was made for the schedule {json.dumps(data['schedule'])}, "
                 f"this model's is {json.dumps(schedule.identity())}"
             )
-        lam = f64([float(x) for x in data["lam"]])
-        return cls(schedule.t(lam), lam, f64(data["model_time"]), schedule, str(data["name"]))
+        try:
+            lam, model_time = (f64([float(x) for x in data[key]]) for key in ("lam", "model_time"))
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} holds something else than numbers in lam or model_time: {error}") from None
+        return cls(schedule.t(lam), lam, model_time, schedule, str(data["name"]))
 
 
 def _spaced(total: int, n: int, rule: str, dpm: bool, offset: int, usable: int) -> Tensor:

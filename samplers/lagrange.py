@@ -12,8 +12,7 @@ interpolated), the variable (in what it is a polynomial) and the nodes:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -81,7 +80,9 @@ def lagrange_row(
     Sources: exponential Adams-Bashforth, 2204.13902 eq. 14 and 15; 2211.01095 eq. 9; 2302.04867 theorem 3.1.
     """
     if variable not in VARIABLES[basis]:
-        raise FewstepError(f"no closed form for basis {basis!r} in variable {variable!r}; {basis} goes with {VARIABLES[basis]}")
+        raise FewstepError(
+            f"no closed form for basis {basis!r} in variable {variable!r}; {basis} goes with {VARIABLES[basis]}"
+        )
     if eta and basis != "data":
         raise FewstepError("eta > 0 (the reverse SDE) needs the data basis")
     zero = torch.zeros_like(t.sigma)
@@ -108,13 +109,14 @@ def lagrange_row(
             noise = t.sigma * torch.sqrt(-torch.expm1(-2 * eta * h))
         place = [(nodes[j].lam - s.lam) / h for j in usable] if k > 1 else []
     else:
-        v = (lambda p: p.rho) if variable == "rho" else (lambda p: p.sigma)
+        v: Callable[[Point], Tensor] = (lambda p: p.rho) if variable == "rho" else (lambda p: p.sigma)
         step = v(t) - v(s)
         scale = t.alpha * step if basis == "noise" else step
         moments = [scale / (i + 1) for i in range(k)]
         place = [(v(nodes[j]) - v(s)) / step for j in usable] if k > 1 else []
 
-    moments = [m * f for m, f in zip_longest(moments, moment_factors[:k], fillvalue=1.0)]
+    factors = [*moment_factors, *[1.0] * k]
+    moments = [m * f for m, f in zip(moments, factors[:k], strict=True)]
     outputs = [zero] * len(nodes)
     for j, weight in zip(usable, _interpolation_weights(place, moments), strict=True):
         outputs[j] = weight

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.samplers.schedule import f64
 
-_SERIES_BELOW = 2.0  # |r h|; there the recursion is still good to 1e-15 and 32 terms of the series are exact
+_SERIES_BELOW = 2.0  # |r h|; there the recursion is still good to a few 1e-15 and 32 terms of the series are exact
 _TERMS = 32
 
 
@@ -26,7 +26,7 @@ def exponential_moments(h: Tensor, count: int, r: float) -> list[Tensor]:
 
     ``h = inf`` is allowed for ``count = 1`` and r > 0: M_0 = 1/r, the limit of a step to sigma = 0.
     """
-    if abs(r * float(h)) < _SERIES_BELOW:
+    if abs(r * float(h.detach())) < _SERIES_BELOW:
         return [-torch.expm1(-r * h) / r, *(_series(h, k, r) for k in range(1, count))]
     moments = [-torch.expm1(-r * h) / r]
     for k in range(1, count):

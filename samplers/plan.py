@@ -108,7 +108,9 @@ class SolverPlan:
     @cached_property
     def digest(self) -> str:
         """sha256 of the numbers and what they mean, shortened to 16 hexadecimal digits."""
-        h = hashlib.sha256(repr((self.basis, self.prediction, self.fingerprint, self.init_scale, self.sigma_data)).encode())
+        h = hashlib.sha256(
+            repr((self.basis, self.prediction, self.fingerprint, self.init_scale, self.sigma_data)).encode()
+        )
         for name in _ARRAYS:
             h.update(getattr(self, name).detach().contiguous().numpy().tobytes())
         return h.hexdigest()[:16]
@@ -140,7 +142,9 @@ class SolverPlan:
         found = self._malformed()
         if found:
             return found
-        state, output, alpha, sigma = (getattr(self, n).detach().tolist() for n in ("state", "output", "alpha", "sigma"))
+        state, output, alpha, sigma = (
+            getattr(self, n).detach().tolist() for n in ("state", "output", "alpha", "sigma")
+        )
         for i in range(self.steps):
             past = [(w, i - k) for k, w in enumerate(state[i]) if w]
             used = [(w, i - k) for k, w in enumerate(output[i]) if w]
@@ -187,7 +191,11 @@ class SolverPlan:
             for name in ("state", "output")
             if getattr(self, name).ndim != 2 or len(getattr(self, name)) != n
         ]
-        found += [f"{name} has values that are not finite" for name in _ARRAYS if not bool(getattr(self, name).isfinite().all())]
+        found += [
+            f"{name} has values that are not finite"
+            for name in _ARRAYS
+            if not bool(getattr(self, name).isfinite().all())
+        ]
         if n == 0 or len(self.basis) != n or not set(self.basis) <= set(BASES):
             found.append(f"a plan of {n} rows needs {max(n, 1)} bases out of {', '.join(BASES)}, got {self.basis}")
         if self.prediction not in PREDICTIONS:
@@ -216,9 +224,31 @@ class SolverPlan:
             state[i], output[i] = 0, 0
             state[i, 0], output[i, 0] = row.state, row.outputs[0]
         cut = {name: getattr(self, name)[begin:] for name in _ARRAYS[2:]}
-        return replace(self, state=state, output=output, basis=self.basis[begin:], method=f"{self.method}[{begin}:]", **cut)
+        return replace(
+            self, state=state, output=output, basis=self.basis[begin:], method=f"{self.method}[{begin}:]", **cut
+        )
+
+    def __deepcopy__(self, memo: object) -> SolverPlan:
+        return self  # immutable
 
     # -- files --------------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as JSON values; floats keep every bit. For configs; :meth:`save` writes files."""
+        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        return {**{name: getattr(self, name) for name in _HEADER}, "basis": list(self.basis), **arrays}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SolverPlan:
+        """The inverse of :meth:`to_dict`; raises :class:`PlanError` for missing or unknown keys and malformed arrays."""
+        needed = {*_HEADER, "basis", *_ARRAYS}
+        if set(data) != needed:
+            raise PlanError(f"a plan needs exactly the keys {sorted(needed)}; differing: {sorted(needed ^ set(data))}")
+        fields: dict[str, Any] = {name: data[name] for name in _HEADER}
+        fields.update({name: f64(data[name]) for name in _ARRAYS if name != "evaluate"})
+        fields["evaluate"] = torch.tensor(data["evaluate"], dtype=torch.bool, device="cpu")
+        fields["basis"] = tuple(data["basis"])
+        return cls(**fields).validate(strict=False)
+
     def save(self, path: str | Path) -> None:
         """Write ``path`` (JSON, must end in .json) and its arrays beside it (.safetensors), each atomically.
 
@@ -228,7 +258,9 @@ class SolverPlan:
         arrays = path.with_suffix(".safetensors")
         digest = write_tensors(arrays, {name: getattr(self, name) for name in _ARRAYS})
         body = {name: getattr(self, name) for name in _HEADER}
-        write_json(path, "SolverPlan", {**body, "basis": list(self.basis), "arrays": arrays.name, "arrays_sha256": digest})
+        write_json(
+            path, "SolverPlan", {**body, "basis": list(self.basis), "arrays": arrays.name, "arrays_sha256": digest}
+        )
 
     @classmethod
     def load(cls, path: str | Path, schedule: NoiseSchedule | None = None) -> SolverPlan:
@@ -241,7 +273,8 @@ class SolverPlan:
         path = _json_path(path)
         body = read_json(path, "SolverPlan", required=(*_HEADER, "basis", "arrays", "arrays_sha256"))
         arrays = read_tensors(path.with_name(body.pop("arrays")), body.pop("arrays_sha256"), _ARRAYS)
-        plan = cls(**arrays, **{**body, "basis": tuple(body["basis"])}).validate(strict=False)
+        fields: dict[str, Any] = {**arrays, **body, "basis": tuple(body["basis"])}
+        plan = cls(**fields).validate(strict=False)
         if schedule is not None:
             plan.check_schedule(schedule, str(path))
         return plan

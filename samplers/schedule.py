@@ -195,9 +195,19 @@ class DiscreteVP(NoiseSchedule):
             raise FewstepError(f"noise must grow with the training index; it does not from index {at} to {at + 1}")
 
     @staticmethod
-    def from_betas(betas: Tensor | Sequence[float], prediction: Prediction = "epsilon", zero_snr: bool = False) -> DiscreteVP:
-        """From per-step betas: alpha_bar_t = prod(1 - beta). ``zero_snr`` applies 2305.08891, algorithm 1."""
-        root = torch.cumprod(1 - f64(betas), 0).sqrt()
+    def from_betas(
+        betas: Tensor | Sequence[float],
+        prediction: Prediction = "epsilon",
+        zero_snr: bool = False,
+        snr_shift: float = 1.0,
+    ) -> DiscreteVP:
+        """From per-step betas: alpha_bar_t = prod(1 - beta).
+
+        ``snr_shift`` divides the signal-to-noise ratio (CogVideoX's ``snr_shift_scale``), then ``zero_snr`` applies
+        2305.08891, algorithm 1.
+        """
+        bar = torch.cumprod(1 - f64(betas), 0)
+        root = (bar / (snr_shift + (1 - snr_shift) * bar)).sqrt()
         if zero_snr:
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         bar = root**2
@@ -213,7 +223,9 @@ class DiscreteVP(NoiseSchedule):
 
     def t(self, lam: Tensor) -> Tensor:
         target = -lam
-        i = (torch.searchsorted(self.log_rho, target.detach().contiguous(), right=True) - 1).clamp(0, len(self.log_rho) - 2)
+        i = (torch.searchsorted(self.log_rho, target.detach().contiguous(), right=True) - 1).clamp(
+            0, len(self.log_rho) - 2
+        )
         low, high = self.log_rho[i], self.log_rho[i + 1]
         value = i + torch.where(torch.isinf(high), torch.zeros_like(target), (target - low) / (high - low))
         value = value.clamp(0, len(self.log_rho) - 1)  # the network knows no index outside the table
@@ -313,6 +325,8 @@ class Flow(NoiseSchedule):
     shift: float = 1.0
     shift_terminal: float | None = None
     prediction: Prediction = "flow_prediction"
+    dynamic: bool = False
+    """Whether the shift came with the resolution (mu); diffusers' ``linspace`` then ends at 1/T, else at the shifted 1/T."""
     family: Family = field(default="flow", init=False)
 
     def __post_init__(self) -> None:
@@ -322,10 +336,19 @@ class Flow(NoiseSchedule):
 
     def shifted(self, sigma: Tensor) -> Tensor:
         """sigma' = s sigma / (1 + (s - 1) sigma), then stretched to end at ``shift_terminal`` when that is set."""
-        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
-        if self.shift_terminal:
+        sigma = self._shift(sigma)
+        if self.shift_terminal and sigma[-1] < 1:  # a single sigma = 1 has nothing to stretch
             sigma = 1 - (1 - sigma) * (1 - self.shift_terminal) / (1 - sigma[-1])
         return sigma
+
+    def _shift(self, sigma: Tensor) -> Tensor:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    @property
+    def linspace_end(self) -> float:
+        """The last of diffusers' default sigmas, before they are shifted (again)."""
+        last = 1 / self.num_train_timesteps
+        return last if self.dynamic else self._shift(f64(last)).item()
 
     def lam(self, t: Tensor) -> Tensor:
         return torch.log1p(-t) - torch.log(t)

@@ -80,9 +80,7 @@ class Multistep(Solver):
 
     def rows(self, points: Sequence[Point], orders: Sequence[int]) -> list[Row]:
         """All rows; ``orders[i]`` outputs are read by row i."""
-        return [
-            self.row(points[i], points[i + 1], [points[i - k] for k in range(p)]) for i, p in enumerate(orders)
-        ]
+        return [self.row(points[i], points[i + 1], [points[i - k] for k in range(p)]) for i, p in enumerate(orders)]
 
     @property
     def convergence_order(self) -> int:

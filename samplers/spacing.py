@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def ramp(n: int) -> Tensor:
 def karras(high: float, low: float, n: int, rho: float = 7.0) -> Tensor:
     """sigma_i = (high^(1/rho) + i/(n-1) (low^(1/rho) - high^(1/rho)))^rho (2206.00364, eq. 5)."""
     a, b = high ** (1 / rho), low ** (1 / rho)
-    return (a + ramp(n) * (b - a)) ** rho
+    return torch.pow(a + ramp(n) * (b - a), rho)
 
 
 def exponential(high: float, low: float, n: int) -> Tensor:
@@ -66,7 +67,8 @@ def timesteps(total: int, n: int, spacing: str, *, dpm: bool, offset: int = 0, l
         dpm: diffusers has two conventions. The DPM-Solver family (also UniPC, DEIS) lays n + 1 knots and leaves the
             cleanest out; DDIM, PNDM and Euler lay n.
         offset: ``steps_offset``, used by ``leading`` only.
-        last: number of usable training timesteps where ``lambda_min_clipped`` cuts the noisiest off.
+        last: number of usable training timesteps where ``lambda_min_clipped`` cuts the noisiest off. ``trailing`` keeps
+            its stride of total / n then, so fewer than n timesteps come out.
 
     Raises:
         GridError: unknown spacing, or more steps than training timesteps.
@@ -77,10 +79,12 @@ def timesteps(total: int, n: int, spacing: str, *, dpm: bool, offset: int = 0, l
     knots = n + 1 if dpm else n
     if knots > usable:
         raise GridError(f"{n} steps do not fit on {usable} training timesteps; use at most {usable - (knots - n)}")
+    # numpy on purpose: which way a tie such as 499.5 rounds depends on how linspace and arange add up
     if spacing == "linspace":
-        values = torch.round(torch.linspace(0, usable - 1, knots, dtype=torch.float64, device="cpu")).flip(0)[:n]
-        return values if n > 1 or dpm else f64([usable - 1.0])
-    if spacing == "leading":
-        return (torch.arange(knots, dtype=torch.float64, device="cpu") * (usable // knots)).flip(0)[:n] + offset
-    i = torch.arange(n, dtype=torch.float64, device="cpu")
-    return torch.round(usable - i * (total / n)) - 1
+        values = np.linspace(0, usable - 1, knots).round()[::-1][:n] if knots > 1 else np.array([usable - 1.0])
+    elif spacing == "leading":
+        values = (np.arange(knots) * (usable // knots))[::-1][:n] + offset
+    else:
+        values = np.arange(usable, 0, -total / n).round() - 1
+        values = values[values >= 0]  # for some n rounding makes one too many, which diffusers keeps as timestep -1
+    return f64(values.tolist())

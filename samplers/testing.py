@@ -75,7 +75,9 @@ class GaussianMixture:
         (x_t - alpha_t mu) / sqrt(alpha_t^2 s^2 + sigma_t^2) is constant along it.
         """
         if len(self.weights) != 1:
-            raise FewstepError(f"the flow has a closed form for one component only, this mixture has {len(self.weights)}")
+            raise FewstepError(
+                f"the flow has a closed form for one component only, this mixture has {len(self.weights)}"
+            )
         mu, s = self.means[0], self.stds[0]
         scale = [torch.sqrt(a**2 * s**2 + b**2) for a, b in (start, end)]
         return end[0] * mu + scale[1] / scale[0] * (x - start[0] * mu)

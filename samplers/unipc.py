@@ -90,9 +90,11 @@ class UniPC(Multistep):
 
 def _eliminate(predictor: Row, corrector: Row, previous: Row) -> Row:
     """b^P_i + a_i (b^C_i - b^P_{i-1}); ``previous`` reads from one output further back."""
-    shift = [c - p for c, p in zip(corrector.outputs, [torch.zeros_like(predictor.state), *previous.outputs], strict=True)]
+    shift = [
+        c - p for c, p in zip(corrector.outputs, [torch.zeros_like(predictor.state), *previous.outputs], strict=True)
+    ]
     width = max(len(shift), len(predictor.outputs))
     zero = torch.zeros_like(predictor.state)
-    pad = lambda row: [*row, *[zero] * (width - len(row))]  # noqa: E731
-    outputs = [b + predictor.state * d for b, d in zip(pad(predictor.outputs), pad(shift), strict=True)]
+    padded = [[*row, *[zero] * (width - len(row))] for row in (predictor.outputs, shift)]
+    outputs = [b + predictor.state * d for b, d in zip(*padded, strict=True)]
     return Row(predictor.state, outputs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,17 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` atomically and durably; a missing folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex[:8]}"
+    )  # open() keeps the user's umask, mkstemp does not
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -93,7 +95,7 @@ def read_tensors(path: str | Path, sha256: str, required: Sequence[str]) -> dict
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ArtifactError(f"{path} is damaged or belongs to another file: its sha256 is not the recorded one")
-    tensors = load(data)
+    tensors: dict[str, Tensor] = load(data)
     if missing := [k for k in required if k not in tensors]:
         raise ArtifactError(f"{path} lacks the arrays {', '.join(missing)}")
     if extra := sorted(set(tensors) - set(required)):

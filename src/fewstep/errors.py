@@ -27,6 +27,8 @@ def unknown(what: str, value: object, known: Iterable[object]) -> str:
     names = sorted(str(k) for k in known)
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {value!r}{hint} Known: {', '.join(names)}" if hint else (
-        f"unknown {what} {value!r}; known: {', '.join(names)}"
+    return (
+        f"unknown {what} {value!r}{hint} Known: {', '.join(names)}"
+        if hint
+        else (f"unknown {what} {value!r}; known: {', '.join(names)}")
     )
