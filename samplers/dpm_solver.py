@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -57,7 +58,7 @@ class DPMSolver(Multistep):
         ):
             if value not in known:
                 raise FewstepError(unknown(what, value, known))
-        if self.eta < 0 or (self.eta and self.basis != "data"):
+        if not 0 <= self.eta < math.inf or (self.eta and self.basis != "data"):
             raise FewstepError(
                 f"eta must be at least 0, and 0 in the noise basis; got eta={self.eta}, basis {self.basis!r}"
             )

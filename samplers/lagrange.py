@@ -42,8 +42,7 @@ def linear_part(basis: Basis, s: Point, t: Point) -> Tensor:
     if basis == "noise":
         if float(s.alpha.detach()) == 0:
             raise FewstepError(
-                "a noise-basis step cannot start at alpha = 0 (zero terminal SNR, or flow time 1): use the data basis "
-                "(algorithm_type='dpmsolver++', predict_x0=True)"
+                "a noise-basis step cannot start at alpha = 0 (zero terminal SNR, or flow time 1): take the data basis"
             )
         return t.alpha / s.alpha
     return torch.ones_like(t.sigma)
@@ -86,7 +85,8 @@ def lagrange_row(
     if eta and basis != "data":
         raise FewstepError("eta > 0 (the reverse SDE) needs the data basis")
     zero = torch.zeros_like(t.sigma)
-    usable = [j for j, node in enumerate(nodes) if variable != "lambda" or not math.isinf(float(node.lam.detach()))]
+    bounded = variable not in ("lambda", "rho")
+    usable = [j for j, node in enumerate(nodes) if bounded or math.isfinite(float(node.lam.detach()))]
     if not usable and len(nodes) == 1:
         usable = [0]  # the very first step from alpha = 0: a constant is all there is
     k = len(usable)

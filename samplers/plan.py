@@ -306,7 +306,7 @@ def first_order_row(basis: Basis, alpha: Tensor, sigma: Tensor, noise: Tensor) -
 
 
 def plan_from_rows(
-    schedule: NoiseSchedule, grid: Grid, basis: Basis, rows: Sequence[Row], *, method: str, order: int
+    schedule: NoiseSchedule, grid: Grid, basis: Sequence[Basis], rows: Sequence[Row], *, method: str, order: int
 ) -> SolverPlan:
     """Assemble the plan of a method with one network call per grid interval and one state column."""
     width = max(len(row.outputs) for row in rows)
@@ -324,7 +324,7 @@ def plan_from_rows(
         model_time=grid.model_time,
         in_scale=schedule.in_scale(sigma[:-1]),
         evaluate=torch.ones(n, dtype=torch.bool, device="cpu"),
-        basis=(basis,) * n,
+        basis=tuple(basis),
         prediction=schedule.prediction,
         schedule=schedule.identity(),
         fingerprint=schedule.fingerprint,

@@ -88,6 +88,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:
+            # what a saved pipeline's model_index.json names: it loads wherever ``import fewstep`` has been said
+            cls.__module__ = "fewstep"
         cls.__init__ = _init_with({**MODEL_OPTIONS, **cls.options})  # type: ignore[method-assign]
 
     def solver(self) -> Solver:
@@ -159,6 +162,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if self._plan is None:
             raise FewstepError("there is no plan yet: call set_timesteps(num_inference_steps) first")
         return self._plan
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid that the plan was compiled on; None for a plan from a file."""
+        return self._grid
 
     @property
     def begin_index(self) -> int | None:
@@ -513,7 +521,11 @@ class DPMSolverScheduler(SolverScheduler):
 
     def solver(self) -> Solver:
         config = self.config
-        kinds: dict[str, tuple[Basis, float]] = {"dpmsolver++": ("data", 0.0), "dpmsolver": ("noise", 0.0), "sde-dpmsolver++": ("data", 1.0)}
+        kinds: dict[str, tuple[Basis, float]] = {
+            "dpmsolver++": ("data", 0.0),
+            "dpmsolver": ("noise", 0.0),
+            "sde-dpmsolver++": ("data", 1.0),
+        }
         if config.algorithm_type == "sde-dpmsolver":
             raise FewstepError(
                 "algorithm_type='sde-dpmsolver' adds variance that the process does not have (6.9 times at h = 1); "
@@ -592,9 +604,9 @@ class PlanScheduler(SolverScheduler):
             raise FewstepError(
                 "PlanScheduler needs plan=: a path ending in .json, or use PlanScheduler.from_plan(plan, config)"
             )
-        self._fixed = SolverPlan.from_dict(source) if isinstance(source, Mapping) else SolverPlan.load(source)
-        self._fixed.check_schedule(self.schedule)
-        self.register_to_config(plan=self._fixed.to_dict())
+        self.plan_file = SolverPlan.from_dict(source) if isinstance(source, Mapping) else SolverPlan.load(source)
+        self.plan_file.check_schedule(self.schedule)
+        self.register_to_config(plan=self.plan_file.to_dict())
 
     def solver(self) -> Solver:
         raise FewstepError("a PlanScheduler runs a finished plan; it has no solver to compile")
@@ -602,7 +614,7 @@ class PlanScheduler(SolverScheduler):
     def _compile(
         self, n: int | None, timesteps: Numbers | None, sigmas: Numbers | Grid | None
     ) -> tuple[Grid | None, SolverPlan]:
-        plan = self._fixed
+        plan = self.plan_file
         own = sigmas is None or (not isinstance(sigmas, Grid) and self._is_placeholder(sigmas))
         if timesteps is not None or not own:
             raise GridError(

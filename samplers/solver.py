@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from fewstep.errors import FewstepError, GridError, unknown
 from fewstep.samplers.grid import Grid, Point
-from fewstep.samplers.lagrange import Basis, Row
+from fewstep.samplers.lagrange import Basis, Row, lagrange_row
 from fewstep.samplers.plan import SolverPlan, plan_from_rows
 from fewstep.samplers.schedule import NoiseSchedule
 
@@ -57,7 +57,7 @@ class Multistep(Solver):
     def __post_init__(self) -> None:
         if self.basis not in self.bases:
             raise FewstepError(unknown(f"basis of {type(self).__name__}", self.basis, self.bases))
-        if isinstance(self.order, bool) or self.order not in range(1, self.max_order + 1):
+        if type(self.order) is not int or not 1 <= self.order <= self.max_order:
             raise FewstepError(f"{type(self).__name__} has orders 1 to {self.max_order}, got order={self.order!r}")
 
     @abstractmethod
@@ -80,7 +80,19 @@ class Multistep(Solver):
 
     def rows(self, points: Sequence[Point], orders: Sequence[int]) -> list[Row]:
         """All rows; ``orders[i]`` outputs are read by row i."""
-        return [self.row(points[i], points[i + 1], [points[i - k] for k in range(p)]) for i, p in enumerate(orders)]
+        rows = []
+        for i, p in enumerate(orders):
+            s, t, past = points[i], points[i + 1], [points[i - k] for k in range(p)]
+            first = i == 0 and self._starts_at_pure_noise(points)
+            rows.append(lagrange_row("data", "lambda", past, s, t) if first else self.row(s, t, past))
+        return rows
+
+    def _starts_at_pure_noise(self, points: Sequence[Point]) -> bool:
+        """At alpha = 0 eps says nothing about where to go but x0 does, so a noise-basis method takes its first step there.
+
+        No later row reads that output: a node at lambda = -inf carries no weight.
+        """
+        return self.basis == "noise" and math.isinf(float(points[0].lam.detach()))
 
     @property
     def convergence_order(self) -> int:
@@ -90,6 +102,9 @@ class Multistep(Solver):
     def compile(self, schedule: NoiseSchedule, grid: Grid) -> SolverPlan:
         if grid.schedule != schedule:
             raise GridError(f"this grid was made for {grid.schedule.identity()}, not for {schedule.identity()}")
-        rows = self.rows(grid.points(), self.orders(grid))
-        plan = plan_from_rows(schedule, grid, self.basis, rows, method=str(self), order=self.convergence_order)
+        points = grid.points()
+        rows, basis = self.rows(points, self.orders(grid)), [self.basis] * grid.steps
+        if self._starts_at_pure_noise(points):
+            basis[0] = "data"
+        plan = plan_from_rows(schedule, grid, basis, rows, method=str(self), order=self.convergence_order)
         return plan if plan.requires_grad else plan.validate()

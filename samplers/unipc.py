@@ -79,7 +79,8 @@ class UniPC(Multistep):
         rows = predictors[:1]
         for i in range(1, len(orders)):
             s, t = points[i - 1], points[i]
-            unbounded = self.b == "bh1" and orders[i - 1] == 1 and math.isinf(float(s.lam.detach()))
+            # from lambda = -inf B(h) = h is infinite, and in the noise basis so is the state's ratio
+            unbounded = math.isinf(float(s.lam.detach())) and (self.b == "bh1" or self.basis == "noise")
             if i - 1 in self.disable_corrector or unbounded:
                 rows.append(predictors[i])
                 continue

@@ -20,10 +20,16 @@ _ROOMS = ("samplers", "caching", "quant", "pipelines", "eval")
 
 
 def __getattr__(name: str) -> object:
-    if name in _ROOMS:
-        import importlib
+    import importlib
 
+    if name in _ROOMS:
         return importlib.import_module(f"fewstep.{name}")
+    if name.endswith("Scheduler") or name == "SchedulerMixin":
+        # a saved pipeline names its scheduler as fewstep.NAME, and diffusers looks its base class up in the same place
+        schedulers = importlib.import_module("fewstep.samplers.schedulers")
+        if hasattr(schedulers, name):
+            found: object = getattr(schedulers, name)
+            return found
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -9,6 +9,7 @@ error that names the value and says what would be right; 130 when interrupted.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    _quiet_libraries()
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"]))
 
 
@@ -62,6 +64,19 @@ def run(arguments: list[str]) -> int:
         return _complain(message(), BAD_INPUT)
 
 
+def _quiet_libraries() -> None:
+    """Keep the libraries' advice and loading bars off standard error, which is for progress and mistakes here.
+
+    Environment variables because they must be there before the libraries are imported; the user's own settings win.
+    """
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ):
+        os.environ.setdefault(name, value)
+
+
 def _complain(message: str, code: int) -> int:
     print(f"fewstep: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -72,10 +87,10 @@ def models() -> None:
     """List the embedded models."""
     from fewstep import pipelines
 
-    table = Table("model", "pipeline", "parameters", "size", "what it is", box=None, pad_edge=False)
+    table = Table("model", "parameters", "size", "what it is", box=None, pad_edge=False)
     for name, model in pipelines.models().items():
         size = f"{model.bytes / 1e6:.1f} MB"
-        table.add_row(name, model.class_name, f"{model.parameters / 1e6:.1f} M", size, model.description)
+        table.add_row(name, f"{model.parameters / 1e6:.1f} M", size, model.description)
     Console().print(table)
 
 
