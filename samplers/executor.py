@@ -54,6 +54,11 @@ class _Row:
     forget: tuple[tuple[bool, int], ...]
     """What no later row reads."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether the row needs a normal draw."""
+        return not (self.noise.__class__ is float and self.noise == 0.0)
+
 
 @dataclass
 class Run:
@@ -116,6 +121,8 @@ class Executor:
             x = x.float()
         y = self._row(run, raw, x, generator, noise)
         while run.i < len(self.rows) and not self.rows[run.i].evaluate:
+            if self.rows[run.i - 1].draws:
+                noise = None  # used up: another row's noise is independent of it
             y = self._row(run, None, y, generator, noise)
         return y if y.dtype is dtype else y.to(dtype)
 
@@ -147,7 +154,7 @@ class Executor:
             y = _add(y, run.outputs[j] if is_output else run.states[j], w)
         if self.constant is not None:
             y = _add(y, self.constant.to(x), row.constant)
-        if not (row.noise.__class__ is float and row.noise == 0.0):
+        if row.draws:
             y = _add(y, draw(x, generator) if noise is None else noise.to(x), row.noise)
         for is_output, j in row.forget:
             (run.outputs if is_output else run.states).pop(j, None)
@@ -200,12 +207,13 @@ def draw(like: Tensor, generator: Generators) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
+def _numbers(values: Tensor) -> list[Any]:
+    return list(values.unbind()) if values.requires_grad else values.tolist()
+
+
 def _bind(plan: SolverPlan) -> list[_Row]:
     """The rows of ``plan`` as plain numbers (or 0-d tensors, if they carry gradients), with what each may forget."""
     n = plan.steps
-    numbers: Callable[[Tensor], list[Any]] = (
-        (lambda v: list(v.unbind())) if plan.requires_grad else (lambda v: v.tolist())
-    )
     p, q, to_x0, from_x0 = _conversions(plan)
     # the scale of each stored output, see _Row
     scaled = (p.detach() != 0) & plan.evaluate
@@ -215,8 +223,8 @@ def _bind(plan: SolverPlan) -> list[_Row]:
     weights = [
         [w * scale[i - k] if i >= k else w for k, w in enumerate(row.unbind())] for i, row in enumerate(plan.output)
     ]
-    output = [numbers(torch.stack(row)) for row in weights]
-    state = [numbers(row) for row in plan.state]
+    output = [_numbers(torch.stack(row)) for row in weights]
+    state = [_numbers(row) for row in plan.state]
     reads = [
         [(False, i - k, w) for k, w in enumerate(state[i]) if k and w != 0]
         + [(True, i - k, w) for k, w in enumerate(output[i]) if k and w != 0]
@@ -225,7 +233,7 @@ def _bind(plan: SolverPlan) -> list[_Row]:
     last = {(is_output, j): i for i in range(n) for is_output, j, _ in reads[i]}
     columns = (p, q, *to_x0, *from_x0, plan.in_scale, plan.noise, plan.constant)
     rows = []
-    for i, (pi, qi, xu, xv, mu, mv, in_scale, noise, constant) in enumerate(zip(*map(numbers, columns), strict=True)):
+    for i, (pi, qi, xu, xv, mu, mv, in_scale, noise, constant) in enumerate(zip(*map(_numbers, columns), strict=True)):
         evaluate = bool(plan.evaluate[i])
         a, b = state[i][0], output[i][0] if evaluate else 0.0
         rows.append(

@@ -148,12 +148,6 @@ class SolverPlan:
         for i in range(self.steps):
             past = [(w, i - k) for k, w in enumerate(state[i]) if w]
             used = [(w, i - k) for k, w in enumerate(output[i]) if w]
-            if any(j < 0 for _, j in past + used):
-                found.append(f"row {i} reads a state or an output from before the start")
-                continue
-            if bad := [j for _, j in used if not self.evaluate[j]]:
-                found.append(f"row {i} reads m_{bad[0]}, but row {bad[0]} does not call the network")
-                continue
             if self.constant[i]:
                 continue  # the mean-reverting family has a third moment that (alpha, sigma) do not carry
             for what, column, target, noise in (
@@ -196,12 +190,33 @@ class SolverPlan:
             for name in _ARRAYS
             if not bool(getattr(self, name).isfinite().all())
         ]
-        if n == 0 or len(self.basis) != n or not set(self.basis) <= set(BASES):
+        found += [
+            f"{name} is {getattr(self, name).dtype}, {dtype} is needed"
+            for name in _ARRAYS
+            if getattr(self, name).dtype != (dtype := torch.bool if name == "evaluate" else torch.float64)
+        ]
+        found += [
+            f"{name} is {getattr(self, name)!r}, a positive number is needed"
+            for name in ("init_scale", "sigma_data")
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < math.inf
+        ]
+        if n == 0 or len(self.basis) != n or not all(b in BASES for b in self.basis):
             found.append(f"a plan of {n} rows needs {max(n, 1)} bases out of {', '.join(BASES)}, got {self.basis}")
         if self.prediction not in PREDICTIONS:
             found.append(unknown("prediction type", self.prediction, PREDICTIONS))
-        if not found and not bool(self.evaluate[0]):
+        if found:
+            return found
+        if not bool(self.evaluate[0]):
             found.append("row 0 must call the network")
+        for i in range(n):
+            states, outputs = (
+                [i - k for k in getattr(self, name)[i].detach().nonzero()[:, 0].tolist()]
+                for name in ("state", "output")
+            )
+            if min(states + outputs, default=0) < 0:
+                found.append(f"row {i} reads a state or an output from before the start")
+            elif bad := [j for j in outputs if not self.evaluate[j]]:
+                found.append(f"row {i} reads m_{bad[0]}, but row {bad[0]} does not call the network")
         return found
 
     # -- other plans --------------------------------------------------------------------------------------------------
@@ -220,6 +235,8 @@ class SolverPlan:
             if not (bool((state[i, i + 1 :] != 0).any()) or bool((output[i, i + 1 :] != 0).any())):
                 continue
             j = begin + i
+            if not bool(self.evaluate[j]):
+                raise PlanError(f"row {j} calls no network and reads from before row {begin}: a run cannot begin there")
             row = first_order_row(self.basis[j], self.alpha[j : j + 2], self.sigma[j : j + 2], self.noise[j])
             state[i], output[i] = 0, 0
             state[i, 0], output[i, 0] = row.state, row.outputs[0]
@@ -244,9 +261,12 @@ class SolverPlan:
         if set(data) != needed:
             raise PlanError(f"a plan needs exactly the keys {sorted(needed)}; differing: {sorted(needed ^ set(data))}")
         fields: dict[str, Any] = {name: data[name] for name in _HEADER}
-        fields.update({name: f64(data[name]) for name in _ARRAYS if name != "evaluate"})
-        fields["evaluate"] = torch.tensor(data["evaluate"], dtype=torch.bool, device="cpu")
-        fields["basis"] = tuple(data["basis"])
+        try:
+            fields.update({name: f64(data[name]) for name in _ARRAYS if name != "evaluate"})
+            fields["evaluate"] = torch.tensor(data["evaluate"], dtype=torch.bool, device="cpu")
+            fields["basis"] = tuple(data["basis"])
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"a plan's arrays are lists of numbers: {error}") from None
         return cls(**fields).validate(strict=False)
 
     def save(self, path: str | Path) -> None:
@@ -272,8 +292,11 @@ class SolverPlan:
         """
         path = _json_path(path)
         body = read_json(path, "SolverPlan", required=(*_HEADER, "basis", "arrays", "arrays_sha256"))
-        arrays = read_tensors(path.with_name(body.pop("arrays")), body.pop("arrays_sha256"), _ARRAYS)
-        fields: dict[str, Any] = {**arrays, **body, "basis": tuple(body["basis"])}
+        name, basis = str(body.pop("arrays")), body.pop("basis")
+        if Path(name).name != name:
+            raise ArtifactError(f"{path} names its arrays {name!r}; they lie beside it")
+        arrays = read_tensors(path.with_name(name), body.pop("arrays_sha256"), _ARRAYS)
+        fields: dict[str, Any] = {**arrays, **body, "basis": tuple(basis) if isinstance(basis, list) else ()}
         plan = cls(**fields).validate(strict=False)
         if schedule is not None:
             plan.check_schedule(schedule, str(path))
@@ -330,7 +353,7 @@ def plan_from_rows(
         fingerprint=schedule.fingerprint,
         method=method,
         order=order,
-        init_scale=float(schedule.init_scale(alpha[0], sigma[0])),
+        init_scale=float(schedule.init_scale(alpha[0], sigma[0]).detach()),
         sigma_data=schedule.sigma_data,
         grid_name=grid.name,
     )

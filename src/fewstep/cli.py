@@ -9,7 +9,9 @@ error that names the value and says what would be right; 130 when interrupted.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +63,7 @@ def run(arguments: list[str]) -> int:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _complain(message(), BAD_INPUT)
+        return _complain(message() + _given(message(), arguments), BAD_INPUT)
 
 
 def _quiet_libraries() -> None:
@@ -75,6 +77,16 @@ def _quiet_libraries() -> None:
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
     ):
         os.environ.setdefault(name, value)
+
+
+def _given(message: str, arguments: list[str]) -> str:
+    """``; got 'many'`` for typer's message about an option whose value it did not repeat."""
+    for option in re.findall(r"'(--?[\w-]+)'", message):
+        values = [given.partition("=")[2] for given in arguments if given.startswith(f"{option}=")]
+        values += [given for name, given in itertools.pairwise(arguments) if name == option]
+        if values and repr(values[-1]) not in message:
+            return f"; got {values[-1]!r}"
+    return ""
 
 
 def _complain(message: str, code: int) -> int:
@@ -201,7 +213,8 @@ def _print_results(results: Results) -> None:
             continue
         values = [row.nfe_per_image, *(row.value(name) for name in results.metrics), row.seconds_per_image]
         table.add_row(row.scheduler, str(row.steps), *("–" if v is None else f"{v:.4g}" for v in values))
-    Console().print(table, markup=False)
+    # A log has no width to keep to; rich would fold the names at 80 columns there.
+    Console(width=None if sys.stdout.isatty() else 140).print(table, markup=False)
 
 
 @app.command()

@@ -1,0 +1,222 @@
+"""Does the image show what its prompt says: CLIP score and class accuracy."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import FewstepError
+from fewstep.eval import fingerprint
+from fewstep.eval.features import inference, module_device
+from fewstep.eval.images import ROUNDING, Images, batches
+from fewstep.eval.score import Score, recipe
+
+ClipLike: TypeAlias = "str | Path | tuple[nn.Module, Any] | Clip"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP with a name to print.
+
+    Attributes:
+        name: as it stands in recipes: the registered name, the path, or ``Class:hash`` for a model of the caller's.
+        model: a transformers CLIPModel.
+        processor: its CLIPProcessor.
+        sha256: hash of the weights.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    sha256: str
+
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """100 cos(image, prompt) of uint8 images (n, C, H, W) and their n prompts: (n,) float64 on the CPU.
+
+        Raises:
+            FewstepError: for another number of prompts than images.
+        """
+        if len(prompts) != len(images):
+            raise FewstepError(f"there are {len(prompts)} prompts for {len(images)} images; give one each")
+        with inference(self.model):
+            pictures = _unit(self._embed_images(images))
+            words = _unit(self._embed_texts(list(prompts)))
+        return 100 * (pictures * words).sum(dim=-1).double().cpu()
+
+    def _embed_images(self, images: Tensor) -> Tensor:
+        if images.shape[1] == 1 and self.model.config.vision_config.num_channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return _pooled(self.model.get_image_features(pixel_values=pixels.to(module_device(self.model))))
+
+    def _embed_texts(self, prompts: list[str]) -> Tensor:
+        longest = self.model.config.text_config.max_position_embeddings
+        tokens = self.processor(text=prompts, return_tensors="pt", padding=True)
+        if tokens["input_ids"].shape[-1] > longest:
+            warnings.warn(f"captions of more than {longest} tokens are cut to that length", stacklevel=4)
+            tokens = self.processor(
+                text=prompts, return_tensors="pt", padding=True, truncation=True, max_length=longest
+            )
+        device = module_device(self.model)
+        return _pooled(
+            self.model.get_text_features(
+                input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+            )
+        )
+
+
+def load_clip(model: ClipLike) -> Clip:
+    """The CLIP of that name, folder or hub id, or the caller's own.
+
+    Args:
+        model: ``"fashion"``; a folder or hub id that ``transformers`` can load a CLIPModel and CLIPProcessor from; or
+            the pair (model, processor) itself.
+
+    Raises:
+        FewstepError: for anything else, or a folder that does not load.
+    """
+    if isinstance(model, Clip):
+        return model
+    if isinstance(model, tuple):
+        if len(model) != 2 or not isinstance(model[0], nn.Module):
+            raise FewstepError("model is a tuple that is not (CLIPModel, CLIPProcessor)")
+        sha256 = fingerprint.of_module(model[0])
+        return Clip(f"{type(model[0]).__name__}:{sha256[:8]}", *model, sha256)
+    name = str(model)
+    if name == "fashion":
+        from fewstep.pipelines import zoo
+
+        net, processor = zoo.clip()
+    elif "/" in name or Path(name).is_dir():
+        net, processor = _from_pretrained(name)
+    else:
+        raise FewstepError(f"unknown CLIP {name!r}; known: 'fashion', or give a folder, a hub id or a pair")
+    return Clip(name, net, processor, fingerprint.of_module(net))
+
+
+def _from_pretrained(name: str) -> tuple[Any, Any]:
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        return CLIPModel.from_pretrained(name), CLIPProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FewstepError(f"no CLIP can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+
+
+class ClipStream:
+    """CLIP score of images and prompts that come batch by batch; see :func:`clip_score`."""
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+        self._values: list[Tensor] = []
+
+    def update(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Add uint8 images (n, C, H, W) and their n prompts."""
+        self._values.append(self._clip.scores(images, prompts))
+
+    def score(self) -> Score:
+        """The score so far. Raises FewstepError where there were no images."""
+        if not self._values:
+            raise FewstepError("there are no images")
+        values = torch.cat(self._values).numpy()
+        made = recipe("clip_score", self._clip.name, "100cos", ROUNDING, f"N={len(values)}")
+        return Score(max(float(values.mean()), 0.0), made, len(values), values)
+
+
+def _pooled(output: Any) -> Tensor:
+    """The projected embedding: transformers 4 returns it, transformers 5 returns it as ``pooler_output``."""
+    tensor: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return tensor
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def clip_score(images: Images, prompts: Sequence[str], model: ClipLike = "fashion", batch_size: int = 250) -> Score:
+    """Mean of 100 cos(image embedding, prompt embedding), clamped at 0 after averaging: torchmetrics' CLIP score.
+
+        score = max(0, mean_i 100 e_i . c_i / (|e_i| |c_i|))
+
+    Hessel's CLIPScore is another number: 2.5 max(cos, 0) *per sample* and then the mean (and its captions are prefixed
+    with "A photo depicts"), so a value here of 30 with no negative cosine is 0.75 there, up to that prefix. Scores of
+    two CLIP models are never comparable; the model stands in the recipe. Captions beyond the model's context are cut
+    with a warning, the end token kept (torchmetrics cuts the end token off).
+
+    Args:
+        images: in any form that :func:`~fewstep.eval.images.batches` takes; one grey channel is repeated where the
+            model expects three.
+        prompts: one a image.
+        model: ``"fashion"``, a folder or hub id, or (CLIPModel, CLIPProcessor).
+        batch_size: images in one pass.
+
+    Returns:
+        The score in 0..100 with the single values, before clamping, as ``per_sample``.
+
+    Raises:
+        FewstepError: for bad images, another number of prompts than images, no images, or an unknown model.
+
+    References:
+        Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", arXiv:2104.08718.
+        torchmetrics 1.9, ``functional/multimodal/clip_score.py``.
+    """
+    if isinstance(prompts, str):
+        raise FewstepError("prompts is one string; give a list with one prompt for each image")
+    stream = ClipStream(load_clip(model))
+    done = 0
+    for batch in batches(images, batch_size):
+        stream.update(batch, prompts[done : done + len(batch)])
+        done += len(batch)
+    if done != len(prompts):
+        raise FewstepError(f"there are {len(prompts)} prompts for {done} images; give one each")
+    return stream.score()
+
+
+def prompted_class(prompt: str, classes: Sequence[str]) -> int:
+    """Index of the class that ``prompt`` names; the longest name wins ("t-shirt" before "shirt").
+
+    Raises:
+        FewstepError: where the prompt names none.
+    """
+    text = prompt.lower()
+    named = [c for c in classes if re.search(rf"(?<![\w-]){re.escape(c.lower())}(?![\w-])", text)]
+    if not named:
+        raise FewstepError(f"prompt {prompt!r} names none of the classes {', '.join(classes)}")
+    return list(classes).index(max(named, key=len))
+
+
+class AccuracyStream:
+    """How often a classifier sees the class that the prompt names.
+
+    Args:
+        classifier: has ``logits(images)``, (n, classes) of uint8 images (n, C, H, W).
+        classes: names, in the order of the logits.
+        name: of the classifier, for the recipe.
+    """
+
+    def __init__(self, classifier: Any, classes: Sequence[str], name: str) -> None:
+        self._classifier, self._classes, self._name = classifier, tuple(classes), name
+        self._right: list[bool] = []
+
+    def update(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Add uint8 images (n, C, H, W) and their n prompts."""
+        wanted = torch.tensor([prompted_class(prompt, self._classes) for prompt in prompts])
+        with inference(self._classifier):
+            seen = self._classifier.logits(images.to(module_device(self._classifier))).argmax(dim=-1).cpu()
+        self._right += (seen == wanted).tolist()
+
+    def score(self) -> Score:
+        """The share of right images in percent. Raises FewstepError where there were no images."""
+        if not self._right:
+            raise FewstepError("there are no images")
+        values = 100 * np.asarray(self._right, dtype=np.float64)
+        made = recipe("accuracy", self._name, f"{len(self._classes)} classes", ROUNDING, f"N={len(values)}")
+        return Score(float(values.mean()), made, len(values), values)

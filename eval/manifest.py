@@ -1,0 +1,67 @@
+"""The manifest of a sweep: enough to know, and to repeat, what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from fewstep import artifact
+from fewstep.errors import ArtifactError
+from fewstep.eval.environment import environment
+
+KIND = "sweep manifest"
+NAME = "manifest.json"
+
+
+class Manifest:
+    """Written when a sweep starts, after every cell, and when it ends; sessions before a resume stay listed.
+
+    Args:
+        out: the sweep's folder.
+        sweep: the request, as JSON.
+        command: the command line.
+    """
+
+    def __init__(self, out: Path, sweep: dict[str, Any], command: Sequence[str]) -> None:
+        self._path = out / NAME
+        self._session: dict[str, Any] = {
+            "command": list(command),
+            "started": now(),
+            "ended": None,
+            "status": "running",
+            "environment": environment(),
+        }
+        earlier = load(out).get("sessions", [])
+        self._data: dict[str, Any] = {
+            "sweep": sweep,
+            "sessions": [*earlier, self._session],
+            "cells": [],
+        }
+
+    def cell(self, description: dict[str, Any]) -> None:
+        """Add a cell with its resolved identity."""
+        self._data["cells"].append(description)
+        self.save()
+
+    def end(self, status: str) -> None:
+        """Note how the session ended: finished, failed cells, interrupted."""
+        self._session.update(ended=now(), status=status)
+        self.save()
+
+    def save(self) -> None:
+        artifact.write_json(self._path, KIND, self._data)
+
+
+def now() -> str:
+    """The time in UTC, to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def load(out: str | Path) -> dict[str, Any]:
+    """The manifest of a sweep's folder; an empty one where it is missing or damaged, since no result depends on it."""
+    try:
+        return artifact.read_json(Path(out) / NAME, KIND, ("sweep", "sessions", "cells"))
+    except ArtifactError:
+        return {}

@@ -1,0 +1,75 @@
+"""Loads the embedded models. Nothing here touches a network; torch and diffusers are imported on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import FewstepError, unknown
+
+from . import cards, folders, integrity
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    from fewstep.eval import Moments
+
+    from .classifier import FashionFeatures
+
+
+def load(name: str, *, torch_dtype: torch.dtype | None = None) -> Any:
+    """An embedded diffusers pipeline, ready to be called.
+
+    Args:
+        name: one of :func:`~fewstep.pipelines.models`.
+        torch_dtype: of its networks; float32 if left out. The files hold float16.
+
+    Raises:
+        FewstepError: if there is no pipeline of that name.
+        ArtifactError: if one of its files is missing, or is not the one that was released.
+    """
+    pipelines = cards.models()
+    if name not in pipelines:
+        raise FewstepError(unknown("embedded pipeline", name, pipelines))
+    folder = integrity.verified(name)
+    import diffusers
+    import torch
+
+    pipeline = getattr(diffusers, pipelines[name].class_name).from_pretrained(folder, local_files_only=True)
+    # The keyword for a dtype changed its name between diffusers' versions, and their own .to() warns of casts.
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch.float32 if torch_dtype is None else torch_dtype)
+    return pipeline
+
+
+def prompts(name: str) -> tuple[str, ...]:
+    """The prompts that the FID of ``name`` is measured with: image i is drawn from prompt i mod 10,000.
+
+    They are captions of the test images in their order, with words left out as in training.
+    """
+    return tuple((integrity.verified(name) / folders.PROMPTS).read_text(encoding="utf-8").splitlines())
+
+
+def features() -> FashionFeatures:
+    """The classifier in whose 128 pooled activations FID is measured, float32 and in eval mode."""
+    from .classifier import FashionFeatures
+
+    return FashionFeatures.from_pretrained(integrity.verified("fashion-features"))
+
+
+def clip() -> tuple[CLIPModel, CLIPProcessor]:
+    """The CLIP of the fashion captions, float32 and in eval mode, and its processor."""
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    folder = integrity.verified("fashion-clip")
+    model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+    return model.to(torch.float32).eval(), CLIPProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def reference_moments() -> Moments:
+    """Mean and covariance of the features of the 10,000 test images, float64."""
+    from fewstep.eval import Moments
+
+    return Moments.load(integrity.verified("fashion-features") / "reference.safetensors")

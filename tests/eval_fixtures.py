@@ -1,0 +1,152 @@
+"""Tiny random instances of the real classes, made from seeds: a Stable Diffusion pipeline, a CLIP, a feature net.
+
+Run as a program it is a sweep in a process of its own, to be killed: ``python eval_fixtures.py OUT``.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PROMPTS = ("a dark t-shirt", "a bright ankle boot", "a dress", "a shirt", "a wide bag")
+SCHEDULERS = ("diffusers:DDIMScheduler", "diffusers:HeunDiscreteScheduler")
+
+
+def tiny_tokenizer() -> Any:
+    """A CLIPTokenizer that knows single characters."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz-"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "th", "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\nt h\n")
+        Path(folder, "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 24})
+        )
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def _text_config(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 24,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def tiny_pipeline(seed: int = 0) -> Any:
+    """A StableDiffusionPipeline of 1-channel 32 x 32 images with random weights: equal seeds, equal weights."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            cross_attention_dim=32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )
+        vae = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(4, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+        )
+        text_encoder = CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer)))
+    pipe = StableDiffusionPipeline(
+        vae=vae.eval(),
+        unet=unet.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_clip(seed: int = 0) -> tuple[Any, Any]:
+    """A CLIPModel with random weights and its CLIPProcessor, for 32 x 32 images."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    tokenizer = tiny_tokenizer()
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(
+            CLIPConfig(text_config=_text_config(tokenizer), vision_config=vision, projection_dim=16)
+        ).eval()
+    images = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+    return model, CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def tiny_features(dim: int = 6, channels: int = 1, seed: int = 0) -> nn.Module:
+    """A random convolution to (n, ``dim``) features: float images in [0, 1] of 32 x 32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(channels, dim, 8, stride=8), nn.Tanh(), nn.Flatten(2), _Mean()).eval()
+
+
+class _Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=-1)
+
+
+def random_images(count: int, seed: int = 0, channels: int = 1) -> torch.Tensor:
+    """uint8 (count, channels, 32, 32)."""
+    return torch.randint(
+        0, 256, (count, channels, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def tiny_sweep(**changes: Any) -> Any:
+    """2 schedulers x 2 step counts on the tiny pipeline, 6 images a cell in batches of 2, FID and CLIP score."""
+    from fewstep import eval as evaluation
+
+    request: dict[str, Any] = {
+        "model": tiny_pipeline(),
+        "schedulers": SCHEDULERS,
+        "steps": (2, 3),
+        "samples": 6,
+        "guidance": 3.0,
+        "batch_size": 2,
+        "prompts": PROMPTS,
+        "metrics": (evaluation.Fid(random_images(20), tiny_features()), evaluation.ClipScore(tiny_clip())),
+    }
+    return evaluation.Sweep(**(request | changes))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tiny_sweep().run(sys.argv[1], progress=False)

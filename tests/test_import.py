@@ -1,0 +1,87 @@
+"""What an import costs, which names there are, and that nobody imports a room by its folder's name."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fewstep
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("samplers", "caching", "quant", "pipelines", "eval")
+HEAVY = ("torch", "diffusers", "transformers", "numpy", "scipy", "matplotlib", "torchmetrics", "accelerate")
+
+PUBLIC = {
+    "samplers": (
+        "NoiseSchedule Grid SolverPlan Solver DDIM DPMSolver DEIS UniPC lagrange_row sample Executor Run "
+        "DDIMScheduler DPMSolverScheduler DEISScheduler UniPCScheduler PlanScheduler "
+        "make_scheduler parse_spec scheduler_names"
+    ),
+    "caching": "",
+    "quant": "",
+    "pipelines": "load models",
+    "eval": "fid clip_score cost Sweep report Moments Score",
+}
+"""Names that users rely on: taking one away is a breaking change, and this list is where it shows."""
+
+
+def heavy_modules_after(code: str) -> list[str]:
+    """Which of the heavy modules a fresh interpreter has loaded after ``code``."""
+    code = f"{code}\nimport json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fewstep",
+        "import fewstep; fewstep.__version__; dir(fewstep)",
+        "from fewstep import pipelines, eval; dir(pipelines); dir(eval)",
+        "from fewstep import cli; assert cli.run(['--help']) == 0",
+        "from fewstep import cli; assert cli.run(['sweep', '--help']) == 0",
+    ],
+)
+def test_nothing_heavy_is_loaded_before_it_is_used(code):
+    assert heavy_modules_after(code) == []
+
+
+def test_plans_and_solvers_cost_torch_but_not_diffusers():
+    loaded = heavy_modules_after("from fewstep.samplers import DPMSolver, Grid, NoiseSchedule, sample")
+    assert not {"diffusers", "transformers", "matplotlib"} & set(loaded)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_is_an_attribute_of_the_package(room):
+    assert getattr(fewstep, room) is importlib.import_module(f"fewstep.{room}")
+    assert room in dir(fewstep)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_names_resolve(room):
+    module = importlib.import_module(f"fewstep.{room}")
+    listed = dir(module)
+    for name in PUBLIC[room].split():
+        assert getattr(module, name) is not None
+        assert name in listed
+    for name in listed:
+        getattr(module, name)
+
+
+@pytest.mark.parametrize("module", ["fewstep", "fewstep.samplers", "fewstep.pipelines", "fewstep.eval"])
+def test_an_unknown_name_is_answered_with_the_known_ones(module):
+    there = importlib.import_module(module)
+    with pytest.raises(AttributeError, match=f"'{module}' has no attribute 'smaplers'") as error:
+        there.smaplers  # noqa: B018
+    assert "has" in str(error.value).partition("smaplers")[2]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imported_by_its_folder_name_says_what_to_import_instead(room):
+    """In the repository's root the folders lie on ``sys.path``: a second copy of every class must not come to be."""
+    done = subprocess.run([sys.executable, "-c", f"import {room}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"import fewstep.{room} instead" in done.stderr
