@@ -83,6 +83,8 @@ def schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> 
         raise FewstepError(unknown("prediction_type", prediction, PREDICTIONS))
     steps = int(config.get("num_train_timesteps") or 1000)
 
+    if config.get("invert_sigmas"):
+        raise FewstepError("invert_sigmas (a flow whose noise falls with time, as Mochi's) is not supported")
     if is_flow(config):
         shift = config.get("flow_shift", config.get("shift"))
         return Flow(

@@ -41,8 +41,10 @@ class DDIM(Multistep):
         quiet, noise = t.sigma, None
         if self.eta:
             # of the noise at s, the share r^2 = (rho_t / rho_s)^2 is kept by the ancestral step
-            r2 = (s.alpha * t.sigma / (t.alpha * s.sigma)) ** 2
-            noise = self.eta * t.sigma * torch.sqrt(1 - r2)
-            quiet = torch.sqrt(t.sigma**2 - noise**2)
+            r = s.alpha * t.sigma / (t.alpha * s.sigma)
+            noise = self.eta * t.sigma * torch.sqrt((1 - r) * (1 + r))
+            # sqrt(sigma_t^2 - noise^2), written so that it has a derivative at r = 0 (a step from alpha = 0 or to sigma = 0)
+            kept = r if self.eta == 1 else torch.sqrt(1 - self.eta**2 + (self.eta * r) ** 2)
+            quiet = t.sigma * kept
         a = quiet / s.sigma
         return Row(a, [t.alpha - a * s.alpha], noise)

@@ -176,11 +176,13 @@ class Grid:
         """
         tau = f64(timesteps).reshape(-1)
         hi, lo = schedule.model_time(f64(schedule.t_range)).tolist()
-        inside = (tau <= hi + 1e-9) & (tau >= min(lo, 0.0) - 1e-9)
+        lo = min(lo, 0.0)
+        margin = 1e-6 * max(1.0, abs(hi))  # what float32 makes of an end
+        inside = (tau <= hi + margin) & (tau >= lo - margin)
         if not bool(inside.all()):
             i = int((~inside).nonzero()[0])
             raise GridError(f"timestep at index {i} is {tau[i].item()}; this model's lie between {lo:g} and {hi:g}")
-        t = schedule.t_from_model_time(tau)
+        t = schedule.t_from_model_time(tau.clamp(lo, hi))
         lam = torch.cat([schedule.lam(t), _terminal_lam(schedule, terminal)])
         return cls(torch.cat([t, schedule.t(lam[-1:])]), lam, tau, schedule, name)
 

@@ -190,8 +190,13 @@ class DiscreteVP(NoiseSchedule):
 
     def __post_init__(self) -> None:
         _check_prediction(self.prediction, ("epsilon", "sample", "v_prediction"))
+        if len(self.log_rho) < 2 or not bool(self.log_rho[:-1].isfinite().all()):
+            raise FewstepError(
+                "a table of noise levels needs at least two, and only its last may have zero signal; "
+                f"got {len(self.log_rho)} from log rho = {self.log_rho[0].item():g} on"
+            )
         if not bool((self.log_rho.diff() > 0).all()):
-            at = int((self.log_rho.diff() <= 0).nonzero()[0])
+            at = int((~(self.log_rho.diff() > 0)).nonzero()[0])
             raise FewstepError(f"noise must grow with the training index; it does not from index {at} to {at + 1}")
 
     @staticmethod
@@ -251,7 +256,7 @@ class DiscreteVP(NoiseSchedule):
         return -1.0  # one index before the first noise level: DDIM's "previous timestep" of the last step
 
     def identity(self) -> dict[str, Any]:
-        # the table at float32: the same betas computed in another precision are the same schedule
+        # the table at float32: betas whose last float64 bits differ between machines are the same schedule
         digest = hashlib.sha256(torch.exp(-2 * self.log_rho).to(torch.float32).numpy().tobytes()).hexdigest()
         return {"kind": "DiscreteVP", "steps": len(self.log_rho), "table": digest, "prediction": self.prediction}
 

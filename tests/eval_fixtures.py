@@ -1,11 +1,16 @@
 """Tiny random instances of the real classes, made from seeds: a Stable Diffusion pipeline, a CLIP, a feature net.
 
-Run as a program it is a sweep in a process of its own, to be killed: ``python eval_fixtures.py OUT``.
+Run as a program it is a sweep that kills itself: ``python eval_fixtures.py OUT call 10`` at its 10th network call,
+``python eval_fixtures.py OUT fsync 11`` when its 11th file is written but not yet in its place.
 """
 
+import itertools
 import json
+import os
+import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +152,26 @@ def tiny_sweep(**changes: Any) -> Any:
     return evaluation.Sweep(**(request | changes))
 
 
-if __name__ == "__main__":
+def killer(moment: int) -> Callable[..., None]:
+    """A function that at its ``moment``-th call ends this process as a power cut would."""
+    calls = itertools.count(1)
+
+    def maybe_kill(*_: Any) -> None:
+        if next(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return maybe_kill
+
+
+def main(out: str, what: str, moment: int) -> None:
     torch.set_num_threads(1)
-    tiny_sweep().run(sys.argv[1], progress=False)
+    sweep = tiny_sweep()
+    if what == "call":
+        sweep.model.unet.register_forward_pre_hook(killer(moment))
+    else:
+        os.fsync = killer(moment)
+    sweep.run(out, progress=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -547,6 +547,27 @@ def test_gradients_reach_the_grid(solver, name):
     assert torch.autograd.gradcheck(trajectory, (inner,), eps=1e-6, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [DDIM(eta=1.0), DDIM(eta=0.5), SDE, DPMSolver(order=3, **FULL), DPMSolver(basis="noise"), UniPC(order=3, **FULL),
+     UniPC(order=2, b="bh1", basis="noise"), DEIS(order=3, variable="rho")],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["v_prediction", "flow_prediction", "edm"])
+def test_gradients_survive_infinite_ends(solver, name):
+    """From alpha = 0 where the family has it, and to sigma = 0: limits, whose naive derivatives are 0 times infinity."""
+    schedule = SCHEDULES[name]
+    x, start = normal(2, 4), f64([-1.5 if name == "edm" else -float("inf")])
+
+    def trajectory(inner):
+        grid = Grid.lambdas(schedule, torch.cat([start, inner, f64([float("inf")])]))
+        plan = solver.compile(schedule, grid)
+        return sample(small_network, x, plan, generator=torch.Generator().manual_seed(0))
+
+    inner = f64([-1.013, 0.217, 1.131]).requires_grad_()
+    assert torch.autograd.gradcheck(trajectory, (inner,), eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_reach_the_noise_column():
     lam = f64([-1.0, 0.2, 1.3]).requires_grad_()
     z = [normal(2, 4, seed=i) for i in range(2)]

@@ -266,6 +266,16 @@ def test_timesteps_are_taken_as_they_are():
     assert Grid.timesteps(Flow(), [1000, 250]).noise_levels.tolist() == pytest.approx([1.0, 0.25, 0.0])
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ends_that_float32_rounded_beyond_the_range_are_its_ends(name):
+    schedule = SCHEDULES[name]
+    hi = schedule.model_time(f64([schedule.t_range[0]]))
+    given = torch.nextafter(hi.float(), torch.tensor(math.inf)).double()
+    grid = Grid.timesteps(schedule, given)
+    assert grid.lam[0] == Grid.timesteps(schedule, hi).lam[0]
+    assert torch.equal(grid.model_time, given)
+
+
 def test_zero_snr_grid_starts_at_pure_noise():
     grid = Grid.uniform_t(ZERO_SNR, 5)
     assert grid.alpha[0] == 0

@@ -336,6 +336,18 @@ def test_betas_that_add_no_noise_are_refused_with_the_index():
         DiscreteVP.from_betas([0.1, 0.1, 0.0, 0.1])
 
 
+@pytest.mark.parametrize("table", [[0.1], [0.0, 0.1, 0.2], [0.1, 1.0, 0.2], [0.1, 1.5, 0.2], [0.1, math.nan]])
+def test_tables_that_are_no_noise_schedule_are_refused(table):
+    with pytest.raises(FewstepError, match="noise"):
+        DiscreteVP.from_betas(table)
+
+
+def test_inverted_flows_are_refused():
+    config = dict(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config)
+    with pytest.raises(FewstepError, match="invert_sigmas"):
+        NoiseSchedule.from_config(config)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)])
 def test_impossible_sigma_ranges_are_refused(low, high):
     with pytest.raises(FewstepError, match="sigma_min"):

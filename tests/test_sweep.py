@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -97,33 +95,23 @@ def test_the_manifest_holds_what_was_run(finished):
     assert heun["identity"]["scheduler"]["config"]["beta_schedule"] == "scaled_linear"
 
 
-def killed(out: Path, chunks: int) -> None:
-    """Run the sweep in a process of its own and SIGKILL it once it has written ``chunks`` chunks."""
-    environment = os.environ | {"PYTHONPATH": str(Path(eval_fixtures.__file__).parent)}
-    process = subprocess.Popen([sys.executable, eval_fixtures.__file__, str(out)], env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(out.glob("cells/*/0*.safetensors"))) < chunks:
-            assert process.poll() is None, "the sweep ended before it could be killed"
-            assert time.monotonic() < deadline, "the sweep wrote nothing for two minutes"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
+@pytest.mark.parametrize(("what", "moment", "chunks", "leftovers"), [("call", 10, 3, 0), ("fsync", 11, 3, 1)])
+def test_killed_and_started_again_it_ends_the_same(finished, tmp_path, what, moment, chunks, leftovers):
+    """Once in the middle of a batch, once when a chunk is written under its temporary name and not yet renamed."""
     whole, results = finished
-    killed(tmp_path, chunks=4)
+    program = [sys.executable, eval_fixtures.__file__, str(tmp_path), what, str(moment)]
+    assert subprocess.run(program).returncode == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/0*.safetensors")}
-    assert 4 <= len(before) < 12
+    assert len(before) == chunks
+    assert len(list(tmp_path.glob("cells/*/.*"))) == leftovers
+
     again = tiny_sweep().run(tmp_path, progress=False)
     assert scores(again) == scores(results)
     assert_same_images(tmp_path, whole)
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())  # nothing was made twice
     assert all(row.redone == [] for row in again.rows)
-    assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+    assert list(tmp_path.glob("cells/*/.*")) == []
     sessions = json.loads((tmp_path / "manifest.json").read_text())["sessions"]
     assert [session["status"] for session in sessions] == ["running", "finished"]
 
