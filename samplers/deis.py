@@ -35,5 +35,9 @@ class DEIS(Multistep):
         if self.variable not in ("lambda", "rho"):
             raise FewstepError(unknown("DEIS variable", self.variable, ("lambda", "rho")))
 
+    @property
+    def in_lambda(self) -> bool:
+        return self.variable == "lambda"
+
     def row(self, s: Point, t: Point, past: Sequence[Point]) -> Row:
         return lagrange_row("noise", self.variable, past, s, t)

@@ -149,7 +149,7 @@ class Executor:
             u, v = row.folded
             y = _add(_scaled(x, u), raw, v)
         if row.keep_state:
-            run.states[i] = x
+            run.states[i] = x.clone()  # a pipeline may edit its latents in place
         for is_output, j, w in row.older:
             y = _add(y, run.outputs[j] if is_output else run.states[j], w)
         if self.constant is not None:

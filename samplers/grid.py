@@ -278,6 +278,8 @@ class Grid:
     def _between(cls, schedule: NoiseSchedule, n: int, terminal: Terminal, name: str, rule: Any) -> Grid:
         _check_steps(n)
         hi, lo = _finite_range(schedule)
+        if isinstance(schedule, Flow):  # between the ends of the shifted grid, as FlowMatchEuler places them
+            hi, lo = schedule.shifted(f64([1.0, schedule.linspace_end])).tolist()
         k = n + 1 if terminal == "sigma_min" else n  # the smallest sigma is then the end, not an evaluation
         values = rule(hi, lo, k)
         values = values if terminal == "sigma_min" else torch.cat([values, f64([0.0])])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.artifact import read_json, read_tensors, write_json, write_tensors
+from fewstep.artifact import read_json, read_tensors, write_with_tensors
 from fewstep.errors import ArtifactError, PlanError, unknown
 from fewstep.samplers.grid import Grid
 from fewstep.samplers.lagrange import Basis, Row
@@ -270,17 +270,12 @@ class SolverPlan:
         return cls(**fields).validate(strict=False)
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` (JSON, must end in .json) and its arrays beside it (.safetensors), each atomically.
+        """Write ``path`` (JSON, must end in .json) and its arrays beside it (.safetensors).
 
-        The JSON is written last and holds the arrays' sha256, so a half-written plan is never taken for a whole one.
+        Interrupted at any moment, ``path`` is the whole old plan or the whole new one.
         """
-        path = _json_path(path)
-        arrays = path.with_suffix(".safetensors")
-        digest = write_tensors(arrays, {name: getattr(self, name) for name in _ARRAYS})
-        body = {name: getattr(self, name) for name in _HEADER}
-        write_json(
-            path, "SolverPlan", {**body, "basis": list(self.basis), "arrays": arrays.name, "arrays_sha256": digest}
-        )
+        body = {**{name: getattr(self, name) for name in _HEADER}, "basis": list(self.basis)}
+        write_with_tensors(_json_path(path), "SolverPlan", body, {name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def load(cls, path: str | Path, schedule: NoiseSchedule | None = None) -> SolverPlan:

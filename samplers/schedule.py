@@ -19,6 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -142,7 +143,7 @@ class NoiseSchedule(ABC):
         """Factor on standard normal noise that gives the first state (data taken as unit variance for vp)."""
         return torch.sqrt(alpha**2 + sigma**2) if self.family == "vp" else sigma
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of :meth:`identity`, shortened to 16 hexadecimal digits."""
         text = json.dumps(self.identity(), sort_keys=True)
@@ -164,7 +165,7 @@ class NoiseSchedule(ABC):
         return schedule_from_config(config)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, NoiseSchedule) and self.identity() == other.identity()
+        return isinstance(other, NoiseSchedule) and self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)

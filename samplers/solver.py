@@ -73,10 +73,19 @@ class Multistep(Solver):
             p = min(self.order, i + 1)
             if lowering:
                 p = min(p, n - i)
-            if (self.euler_at_final and i == n - 1) or math.isinf(lam[i]) or math.isinf(lam[i + 1]):
+            if (
+                (self.euler_at_final and i == n - 1)
+                or math.isinf(lam[i])
+                or (math.isinf(lam[i + 1]) and self.in_lambda)
+            ):
                 p = 1
             result.append(p)
         return result
+
+    @property
+    def in_lambda(self) -> bool:
+        """Whether past outputs are interpolated in lambda, which has no place for sigma = 0."""
+        return True
 
     def rows(self, points: Sequence[Point], orders: Sequence[int]) -> list[Row]:
         """All rows; ``orders[i]`` outputs are read by row i."""

@@ -51,6 +51,7 @@ class UniPC(Multistep):
 
     @property
     def convergence_order(self) -> int:
+        """p + 1, or what the predictor alone has where any interval goes without a corrector."""
         return self.order if self.disable_corrector else self.order + 1
 
     def _half(self, first: Row, s: Point, t: Point) -> Tensor:

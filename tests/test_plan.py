@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fewstep import artifact
 from fewstep.artifact import write_tensors
 from fewstep.errors import ArtifactError, PlanError
 from fewstep.samplers import DDIM, DEIS, DPMSolver, Executor, Grid, NoiseSchedule, Run, SolverPlan, UniPC, sample
@@ -210,6 +211,10 @@ def test_gradients_do_not_keep_a_plan_from_being_saved(tmp_path):
     assert again.digest == plan.digest
 
 
+def arrays_of(path):
+    return path.with_name(json.loads(path.read_text())["arrays"])
+
+
 @pytest.mark.parametrize("name", ["plan", "plan.safetensors", "plan.yaml", "json"])
 def test_paths_must_end_in_json(plan, tmp_path, name):
     with pytest.raises(ArtifactError, match=r"must end in \.json"):
@@ -224,7 +229,7 @@ def test_missing_files_are_refused(plan, tmp_path):
     with pytest.raises(ArtifactError, match="does not exist"):
         SolverPlan.load(path)
     plan.save(path)
-    path.with_suffix(".safetensors").unlink()
+    arrays_of(path).unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
         SolverPlan.load(path)
 
@@ -276,7 +281,7 @@ def test_files_that_are_no_plan_are_refused(tmp_path, text):
 @pytest.mark.parametrize("at", [0, 200, -1])
 def test_a_damaged_byte_is_found(plan, tmp_path, at):
     plan.save(tmp_path / "plan.json")
-    arrays = tmp_path / "plan.safetensors"
+    arrays = arrays_of(tmp_path / "plan.json")
     data = bytearray(arrays.read_bytes())
     data[at] ^= 1
     arrays.write_bytes(bytes(data))
@@ -302,20 +307,35 @@ def test_missing_and_unknown_arrays_are_refused(plan, tmp_path):
             SolverPlan.load(path)
 
 
-def test_a_half_written_plan_is_refused(plan, tmp_path):
-    """The arrays are written first: after a crash in between, the old JSON does not vouch for the new arrays."""
+def test_arrays_of_another_plan_are_refused(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     DDIM().compile(VP, Grid.karras(VP, 6)).save(tmp_path / "new.json")
-    (tmp_path / "new.safetensors").replace(tmp_path / "plan.safetensors")
+    arrays_of(tmp_path / "new.json").replace(arrays_of(tmp_path / "plan.json"))
     with pytest.raises(ArtifactError, match="damaged or belongs to another"):
         SolverPlan.load(tmp_path / "plan.json")
+
+
+def test_a_save_that_dies_half_way_leaves_the_old_plan(plan, tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    write = artifact.write_bytes
+
+    def dies_at_the_json(target, data):
+        if str(target).endswith(".json"):
+            raise OSError("no space left")
+        write(target, data)
+
+    monkeypatch.setattr(artifact, "write_bytes", dies_at_the_json)
+    with pytest.raises(OSError, match="no space"):
+        DDIM().compile(VP, Grid.karras(VP, 6)).save(path)
+    assert SolverPlan.load(path).digest == plan.digest
 
 
 def test_saving_leaves_nothing_else_behind_and_replaces(plan, tmp_path):
     path = tmp_path / "deep" / "folder" / "plan.json"
     plan.save(path)
     DDIM().compile(VP, Grid.karras(VP, 6)).save(path)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["plan.json", "plan.safetensors"]
+    assert {p.name for p in path.parent.iterdir()} == {"plan.json", arrays_of(path).name}
     assert SolverPlan.load(path).method == "DDIM()"
 
 
@@ -327,7 +347,7 @@ def test_a_failed_write_leaves_the_old_file(plan, tmp_path):
         replace(plan, provenance={"not JSON": object()}).save(path)
     assert path.read_bytes() == before
     assert SolverPlan.load(path).digest == plan.digest, "the arrays were the same"
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.json", arrays_of(path).name}
 
 
 @pytest.mark.parametrize(

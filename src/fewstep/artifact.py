@@ -5,6 +5,7 @@ A file is written beside its name and then renamed, so a reader sees the old one
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -41,8 +42,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 def write_json(path: str | Path, kind: str, body: Mapping[str, Any]) -> None:
     """Write ``body`` with its ``kind`` and the schema version."""
+    write_bytes(path, _document(kind, body))
+
+
+def _document(kind: str, body: Mapping[str, Any]) -> bytes:
     text = json.dumps({"kind": kind, "schema_version": SCHEMA_VERSION, **body}, indent=2, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
+    return text.encode() + b"\n"
 
 
 def read_json(path: str | Path, kind: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
@@ -72,13 +77,36 @@ def read_json(path: str | Path, kind: str, required: Sequence[str], optional: Se
     return body
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write ``tensors`` as safetensors, atomically; returns the sha256 of the file."""
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
-    data = save({k: v.detach().contiguous() for k, v in tensors.items()})
+    data: bytes = save({k: v.detach().contiguous() for k, v in tensors.items()})
+    return data
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write ``tensors`` as safetensors, atomically; returns the sha256 of the file."""
+    data = _packed(tensors)
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def write_with_tensors(path: str | Path, kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write ``body`` as JSON and ``tensors`` as safetensors beside it, as one artifact.
+
+    The arrays' file is named after their hash and written first, the JSON that names it last: at any moment ``path`` is
+    the whole old artifact or the whole new one. The old one's arrays are removed at the end.
+    """
+    path = Path(path)
+    data = _packed(tensors)
+    digest = hashlib.sha256(data).hexdigest()
+    arrays = path.with_name(f"{path.stem}-{digest[:12]}.safetensors")
+    document = _document(kind, {**body, "arrays": arrays.name, "arrays_sha256": digest})
+    write_bytes(arrays, data)
+    write_bytes(path, document)
+    for old in path.parent.glob(f"{glob.escape(path.stem)}-{'[0-9a-f]' * 12}.safetensors"):
+        if old != arrays:
+            old.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | Path, sha256: str, required: Sequence[str]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+STOPPED = "stopped; a sweep goes on where it was with the same command"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="An embedded model; `fewstep models` lists them.")]
@@ -51,13 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and give its exit code; a user's mistake is one line, not a traceback."""
     try:
-        return int(app(args=arguments, prog_name="fewstep", standalone_mode=False) or 0)
+        code = int(app(args=arguments, prog_name="fewstep", standalone_mode=False) or 0)
+        # Some versions of typer turn an interrupt into its exit code, others let it through or raise Abort.
+        return _complain(STOPPED, code) if code == INTERRUPTED else code
     except ValueError as error:
         return _complain(str(error), BAD_INPUT)
     except OSError as error:
-        return _complain(str(error), FAILED if error.errno in _DISK else BAD_INPUT)
+        if error.errno in _DISK:
+            return _complain(f"{error}; what is finished is kept, and the same command goes on with the rest", FAILED)
+        return _complain(str(error), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped; the same command goes on where it was", INTERRUPTED)
+        return _complain(STOPPED, INTERRUPTED)
     except Exception as error:
         # What typer says about options it cannot read. Its classes moved between versions, their interface did not.
         message = getattr(error, "format_message", None)
