@@ -74,7 +74,7 @@ def quality_plot(rows: Sequence[Row], metric: str, title: str) -> str | None:
     if not values:
         return None
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": metric, "axes.edgecolor": _INK, "font.size": 11}):
-        figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+        figure = Figure(figsize=(4.9, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for name, style in styles(list(points)).items():
             if points[name]:
@@ -97,7 +97,7 @@ def quality_plot(rows: Sequence[Row], metric: str, title: str) -> str | None:
 
 
 def _axes(axes: Axes, costs: Sequence[float], low: float, high: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
@@ -107,6 +107,8 @@ def _axes(axes: Axes, costs: Sequence[float], low: float, high: float) -> None:
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.grid(color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_INK, length=3)

@@ -161,6 +161,15 @@ def test_flow_models_equal_diffusers(net, noise):
     assert relative(run(ours, net, noise, sigmas=levels, timesteps=dpm.timesteps.tolist()), theirs) < 1e-4
 
 
+@pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_flow_grids_by_rule_equal_diffusers(flag):
+    euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **{flag: True})
+    ours = samplers.DDIMScheduler.from_config(euler.config)
+    euler.set_timesteps(7)
+    ours.set_timesteps(7)
+    assert torch.allclose(ours.sigmas, euler.sigmas, rtol=1e-5)
+
+
 def test_dynamic_shift_needs_and_uses_mu():
     euler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     ours = samplers.UniPCScheduler.from_config(euler.config)
