@@ -127,5 +127,6 @@ def _interpolation_weights(place: Sequence[Tensor], moments: Sequence[Tensor]) -
     """w_j with sum_j w_j place_j^i = moments_i: what integrating the Lagrange basis in a step-scaled variable gives."""
     if len(moments) == 1:
         return [moments[0]]
-    vandermonde = torch.stack([torch.stack([p**i for p in place]) for i in range(len(moments))])
+    powers = torch.arange(len(moments), dtype=torch.float64, device="cpu")
+    vandermonde = torch.stack(list(place)) ** powers[:, None]
     return list(torch.linalg.solve(vandermonde, torch.stack(list(moments))).unbind())

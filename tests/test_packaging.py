@@ -22,8 +22,9 @@ def expected_files() -> set[str]:
     """Paths in the wheel, made from what lies in the tree. Not from git: a file forgotten in a commit is another matter."""
 
     def below(folder: Path, prefix: str) -> set[str]:
-        files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-        return {f"{prefix}/{p.as_posix()}" for p in files if not p.name.startswith(".")}
+        files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+        kept = (p for p in files if not any(part == "__pycache__" or part.startswith(".") for part in p.parts))
+        return {f"{prefix}/{p.as_posix()}" for p in kept}
 
     rooms = {path for room in ROOMS for path in below(ROOT / room, f"fewstep/{room}")}
     root = {f"fewstep/{p.name}" for p in (ROOT / "src/fewstep").iterdir() if p.is_file()}
