@@ -54,7 +54,7 @@ format: $(STAMP)  ## Let ruff sort imports and format.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-# Each run goes on from its last checkpoint. Minutes and steps are those of the weights that ship.
+# Each run goes on from its last checkpoint. What the weights that ship were given stands in their cards.
 ZOO := $(BIN)/python -m fewstep.pipelines.zoo.training
 
 train: $(STAMP)  ## Retrain the embedded models (needs the Debian package dataset-fashion-mnist; hours on two cores).

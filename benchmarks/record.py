@@ -58,5 +58,16 @@ def provenance(about: Mapping[str, Any]) -> str:
 
 def write(folder: Path, name: str, body: Mapping[str, Any], page: str) -> None:
     """``name``.json for programs and ``name``.md for people, each atomically."""
-    write_bytes(folder / f"{name}.json", json.dumps(body, indent=1).encode() + b"\n")
+    write_bytes(folder / f"{name}.json", (_json(body) + "\n").encode())
     write_bytes(folder / f"{name}.md", page.encode())
+
+
+def _json(body: Mapping[str, Any]) -> str:
+    """A line for every key, and for every entry of a list of records: numbers stay together, and a diff says something."""
+
+    def value(v: Any) -> str:
+        if isinstance(v, list) and v and isinstance(v[0], dict):
+            return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in v) + "\n ]"
+        return json.dumps(v)
+
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {value(v)}" for key, v in body.items()) + "\n}"

@@ -5,6 +5,8 @@ The schedulers need diffusers and are imported on first use; all else needs torc
 
 from typing import TYPE_CHECKING
 
+assert __name__.startswith("fewstep."), "import fewstep.samplers instead"
+
 from fewstep.samplers.ddim import DDIM as DDIM
 from fewstep.samplers.deis import DEIS as DEIS
 from fewstep.samplers.dpm_solver import DPMSolver as DPMSolver
@@ -21,8 +23,6 @@ from fewstep.samplers.specs import parse_spec as parse_spec
 from fewstep.samplers.specs import scheduler_names as scheduler_names
 from fewstep.samplers.unipc import UniPC as UniPC
 
-assert __name__.startswith("fewstep."), "import fewstep.samplers instead"
-
 if TYPE_CHECKING:
     from fewstep.samplers.schedulers import DDIMScheduler as DDIMScheduler
     from fewstep.samplers.schedulers import DEISScheduler as DEISScheduler
@@ -38,8 +38,8 @@ def __getattr__(name: str) -> object:
         from fewstep.samplers import schedulers
 
         return getattr(schedulers, name)
-    raise AttributeError(f"module 'fewstep.samplers' has no attribute {name!r}")
+    raise AttributeError(f"module 'fewstep.samplers' has no attribute {name!r}; it has {', '.join(__dir__())}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SCHEDULERS])
+    return sorted([*(name for name in globals() if not name.startswith("_")), *_SCHEDULERS])

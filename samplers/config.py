@@ -97,7 +97,7 @@ def schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> 
         return EDM(
             float(config.get("sigma_min") or 0.002),
             float(config.get("sigma_max") or 80.0),
-            {"epsilon": "edm", "v_prediction": "edm_v"}.get(prediction, prediction),
+            "edm" if prediction == "epsilon" else "edm_v" if prediction == "v_prediction" else prediction,
             float(config["sigma_data"]),
         )
     if config.get("timestep_type") == "continuous":

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from fewstep.errors import FewstepError
 from fewstep.samplers.grid import Point
 from fewstep.samplers.lagrange import Basis, Row
+from fewstep.samplers.scalar import Scalar, sqrt
 from fewstep.samplers.solver import Multistep
 
 
@@ -38,13 +37,14 @@ class DDIM(Multistep):
 
     def row(self, s: Point, t: Point, past: Sequence[Point]) -> Row:
         del past
-        quiet, noise = t.sigma, None
+        quiet: Scalar = t.sigma
+        noise: Scalar = 0.0
         if self.eta:
             # of the noise at s, the share r^2 = (rho_t / rho_s)^2 is kept by the ancestral step
             r = s.alpha * t.sigma / (t.alpha * s.sigma)
-            noise = self.eta * t.sigma * torch.sqrt((1 - r) * (1 + r))
+            noise = self.eta * t.sigma * sqrt((1 - r) * (1 + r))
             # sqrt(sigma_t^2 - noise^2), written so that it has a derivative at r = 0 (a step from alpha = 0 or to sigma = 0)
-            kept = r if self.eta == 1 else torch.sqrt(1 - self.eta**2 + (self.eta * r) ** 2)
+            kept = r if self.eta == 1 else sqrt(1 - self.eta**2 + (self.eta * r) ** 2)
             quiet = t.sigma * kept
         a = quiet / s.sigma
         return Row(a, [t.alpha - a * s.alpha], noise)

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from fewstep.errors import FewstepError, unknown
 from fewstep.samplers.grid import Point
 from fewstep.samplers.lagrange import Row, lagrange_row
+from fewstep.samplers.scalar import Scalar
 from fewstep.samplers.solver import Multistep
 
 SolverType = Literal["midpoint", "heun"]
 ThirdOrder = Literal["exact", "as_published"]
 
 
-def secant_row(first: Row, half: Tensor, s: Point, t: Point, older: Point) -> Row:
+def secant_row(first: Row, half: Scalar, s: Point, t: Point, older: Point) -> Row:
     """A first-order row corrected by ``half`` times the secant slope (m0 - m1) h / h0.
 
     It is what second-order methods use that do not integrate the linear polynomial exactly (DPM-Solver's midpoint,

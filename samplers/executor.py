@@ -17,9 +17,8 @@ from torch import Tensor
 from fewstep.errors import FewstepError, PlanError
 from fewstep.samplers.convert import Hook, conversion
 from fewstep.samplers.plan import SolverPlan
+from fewstep.samplers.scalar import Scalar
 
-Number: TypeAlias = float | Tensor
-"""A coefficient: a host float, or a 0-d float64 tensor where gradients are wanted."""
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -32,21 +31,21 @@ class _Row:
     """
 
     evaluate: bool
-    in_scale: Number
-    convert: tuple[Number, Number]
+    in_scale: Scalar
+    convert: tuple[Scalar, Scalar]
     """(p, q): the stored output is p X + q raw."""
-    to_x0: tuple[Number, Number]
+    to_x0: tuple[Scalar, Scalar]
     """(u, v): x0 = u X + v m'."""
-    from_x0: tuple[Number, Number]
+    from_x0: tuple[Scalar, Scalar]
     """(u, v): m' = u X + v x0, for hooks."""
-    state: Number
-    output: Number
-    folded: tuple[Number, Number]
+    state: Scalar
+    output: Scalar
+    folded: tuple[Scalar, Scalar]
     """(weight of X, weight of raw), the row with its conversion folded in."""
-    older: tuple[tuple[bool, int, Number], ...]
+    older: tuple[tuple[bool, int, Scalar], ...]
     """(is an output, index, weight) of everything else that the row reads."""
-    noise: Number
-    constant: Number
+    noise: Scalar
+    constant: Scalar
     keep_state: bool
     """A later row reads X_i."""
     keep_output: bool
@@ -57,7 +56,7 @@ class _Row:
     @property
     def draws(self) -> bool:
         """Whether the row needs a normal draw."""
-        return not (self.noise.__class__ is float and self.noise == 0.0)
+        return not (isinstance(self.noise, float) and self.noise == 0.0)
 
 
 @dataclass
@@ -165,7 +164,7 @@ class Executor:
         """m', a tensor of our own: a compiled network may reuse the memory of ``raw`` at its next call."""
         if self.hook is None:
             p, q = row.convert
-            if p.__class__ is float and p == 1.0 and q.__class__ is float:
+            if isinstance(p, float) and p == 1.0 and isinstance(q, float):
                 return torch.add(x, raw, alpha=q).to(x.dtype)
             return _add(_scaled(raw.to(x.dtype), q), x, p)
         x0 = self.hook(self._x0(row, x, raw, False))
@@ -181,16 +180,16 @@ class Executor:
         return _add(_scaled(m.to(x.dtype), v), x, u)
 
 
-def _scaled(t: Tensor, w: Number) -> Tensor:
+def _scaled(t: Tensor, w: Scalar) -> Tensor:
     """A new tensor w t; 0 t is 0 even where t is not finite."""
-    if w.__class__ is float:
+    if isinstance(w, float):
         return torch.mul(t, w) if w else torch.zeros_like(t)
     return (w * t).to(t.dtype)
 
 
-def _add(y: Tensor, t: Tensor, w: Number) -> Tensor:
+def _add(y: Tensor, t: Tensor, w: Scalar) -> Tensor:
     """y + w t, in place where w is a plain number (y is then our own); a zero weight costs nothing and lets no NaN through."""
-    if w.__class__ is float:
+    if isinstance(w, float):
         return y.add_(t, alpha=w) if w else y
     return (y + w * t).to(y.dtype)
 

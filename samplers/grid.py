@@ -15,6 +15,7 @@ from torch import Tensor
 from fewstep.artifact import read_json, write_json
 from fewstep.errors import ArtifactError, GridError, unknown
 from fewstep.samplers import spacing
+from fewstep.samplers.scalar import Scalar, value
 from fewstep.samplers.schedule import DiscreteVP, Flow, NoiseSchedule, alpha_sigma, f64
 
 Terminal = Literal["zero", "sigma_min"]
@@ -26,16 +27,16 @@ NAMES = (
 
 
 class Point(NamedTuple):
-    """One time of a grid, 0-d float64 tensors."""
+    """One time of a grid."""
 
-    t: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    lam: Tensor
+    t: Scalar
+    alpha: Scalar
+    sigma: Scalar
+    lam: Scalar
 
     @property
-    def rho(self) -> Tensor:
-        return self.sigma / self.alpha
+    def rho(self) -> Scalar:
+        return self.sigma / self.alpha if value(self.alpha) else math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +102,9 @@ class Grid:
         return self.schedule.sigma_from_lam(self.lam)
 
     def points(self) -> list[Point]:
-        """The N + 1 times with their alpha, sigma and lambda."""
-        rows = zip(self.t.unbind(), self.alpha.unbind(), self.sigma.unbind(), self.lam.unbind(), strict=True)
+        """The N + 1 times with their alpha, sigma and lambda: floats, or tensors where the grid carries gradients."""
+        columns = (self.t, self.alpha, self.sigma, self.lam)
+        rows = zip(*(c.unbind() if self.lam.requires_grad else c.tolist() for c in columns), strict=True)
         return [Point(*row) for row in rows]
 
     def __len__(self) -> int:

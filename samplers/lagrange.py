@@ -15,12 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from fewstep.errors import FewstepError
 from fewstep.samplers.grid import Point
 from fewstep.samplers.moments import exponential_moments
+from fewstep.samplers.scalar import Scalar, exp, expm1, sqrt, value
 
 Basis = Literal["data", "noise", "velocity"]
 Variable = Literal["lambda", "rho", "sigma", "t"]
@@ -28,24 +26,24 @@ VARIABLES: dict[str, tuple[str, ...]] = {"data": ("lambda",), "noise": ("lambda"
 
 
 class Row(NamedTuple):
-    """x_t = state * x_s + sum_j outputs[j] * m_j + noise * z; outputs newest first, all 0-d float64."""
+    """x_t = state * x_s + sum_j outputs[j] * m_j + noise * z; outputs newest first."""
 
-    state: Tensor
-    outputs: list[Tensor]
-    noise: Tensor | None = None
+    state: Scalar
+    outputs: list[Scalar]
+    noise: Scalar = 0.0
 
 
-def linear_part(basis: Basis, s: Point, t: Point) -> Tensor:
+def linear_part(basis: Basis, s: Point, t: Point) -> Scalar:
     """The factor on x_s that solves the linear part exactly."""
     if basis == "data":
         return t.sigma / s.sigma
     if basis == "noise":
-        if float(s.alpha.detach()) == 0:
+        if value(s.alpha) == 0:
             raise FewstepError(
                 "a noise-basis step cannot start at alpha = 0 (zero terminal SNR, or flow time 1): take the data basis"
             )
         return t.alpha / s.alpha
-    return torch.ones_like(t.sigma)
+    return 1.0
 
 
 def lagrange_row(
@@ -84,32 +82,31 @@ def lagrange_row(
         )
     if eta and basis != "data":
         raise FewstepError("eta > 0 (the reverse SDE) needs the data basis")
-    zero = torch.zeros_like(t.sigma)
     bounded = variable not in ("lambda", "rho")
-    usable = [j for j, node in enumerate(nodes) if bounded or math.isfinite(float(node.lam.detach()))]
+    usable = [j for j, node in enumerate(nodes) if bounded or math.isfinite(value(node.lam))]
     if not usable and len(nodes) == 1:
         usable = [0]  # the very first step from alpha = 0: a constant is all there is
     k = len(usable)
 
     state = linear_part(basis, s, t)
-    noise = None
+    noise: Scalar = 0.0
     if variable == "lambda":
         h = t.lam - s.lam
-        if k > 1 and math.isinf(float(h.detach())):
+        if k > 1 and math.isinf(value(h)):
             raise FewstepError("a step from or to an infinite lambda must be of first order; lower the order there")
         r = {"data": 1.0 + eta, "noise": -1.0}[basis]
-        if math.isinf(float(h.detach())):
+        if math.isinf(value(h)):
             # the limits: data J_0 = 1; noise sigma_t K_0 = sigma_t e^h - sigma_t = alpha_t rho_s (and sigma_t = 0)
-            moments = [t.alpha if basis == "data" else -t.alpha * s.rho]
+            moments: list[Scalar] = [t.alpha if basis == "data" else -t.alpha * s.rho]
         else:
             scale = t.alpha * (1 + eta) if basis == "data" else -t.sigma
             moments = [scale * m * math.factorial(i) / h**i for i, m in enumerate(exponential_moments(h, k, r))]
         if eta:
-            state = state * torch.exp(-eta * h)
-            noise = t.sigma * torch.sqrt(-torch.expm1(-2 * eta * h))
+            state = state * exp(-eta * h)
+            noise = t.sigma * sqrt(-expm1(-2 * eta * h))
         place = [(nodes[j].lam - s.lam) / h for j in usable] if k > 1 else []
     else:
-        v: Callable[[Point], Tensor] = (lambda p: p.rho) if variable == "rho" else (lambda p: p.sigma)
+        v: Callable[[Point], Scalar] = (lambda p: p.rho) if variable == "rho" else (lambda p: p.sigma)
         step = v(t) - v(s)
         scale = t.alpha * step if basis == "noise" else step
         moments = [scale / (i + 1) for i in range(k)]
@@ -117,16 +114,25 @@ def lagrange_row(
 
     factors = [*moment_factors, *[1.0] * k]
     moments = [m * f for m, f in zip(moments, factors[:k], strict=True)]
-    outputs = [zero] * len(nodes)
+    outputs: list[Scalar] = [0.0] * len(nodes)
     for j, weight in zip(usable, _interpolation_weights(place, moments), strict=True):
         outputs[j] = weight
     return Row(state, outputs, noise)
 
 
-def _interpolation_weights(place: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tensor]:
-    """w_j with sum_j w_j place_j^i = moments_i: what integrating the Lagrange basis in a step-scaled variable gives."""
-    if len(moments) == 1:
-        return [moments[0]]
-    powers = torch.arange(len(moments), dtype=torch.float64, device="cpu")
-    vandermonde = torch.stack(list(place)) ** powers[:, None]
-    return list(torch.linalg.solve(vandermonde, torch.stack(list(moments))).unbind())
+def _interpolation_weights(place: Sequence[Scalar], moments: Sequence[Scalar]) -> list[Scalar]:
+    """w_j with sum_j w_j place_j^i = moments_i: what integrating the Lagrange basis in a step-scaled variable gives.
+
+    The Vandermonde system is solved by the algorithm of Bjorck and Pereyra (Mathematics of Computation 24, 1970), which
+    is more accurate than elimination and needs nothing but the four operations.
+    """
+    w, n = list(moments), len(moments)
+    for k in range(n - 1):
+        for i in range(n - 1, k, -1):
+            w[i] = w[i] - place[k] * w[i - 1]
+    for k in range(n - 2, -1, -1):
+        for i in range(k + 1, n):
+            w[i] = w[i] / (place[i] - place[i - k - 1])
+        for i in range(k, n - 1):
+            w[i] = w[i] - w[i + 1]
+    return w

@@ -24,6 +24,7 @@ from fewstep.artifact import read_json, read_tensors, write_with_tensors
 from fewstep.errors import ArtifactError, PlanError, unknown
 from fewstep.samplers.grid import Grid
 from fewstep.samplers.lagrange import Basis, Row
+from fewstep.samplers.scalar import stack
 from fewstep.samplers.schedule import PREDICTIONS, NoiseSchedule, f64
 
 BASES: tuple[Basis, ...] = ("data", "noise", "velocity")
@@ -328,14 +329,12 @@ def plan_from_rows(
 ) -> SolverPlan:
     """Assemble the plan of a method with one network call per grid interval and one state column."""
     width = max(len(row.outputs) for row in rows)
-    zero = f64(0.0)
-    outputs = [torch.stack([*row.outputs, *[zero] * (width - len(row.outputs))]) for row in rows]
     alpha, sigma = grid.alpha, grid.sigma
     n = len(rows)
     return SolverPlan(
-        state=torch.stack([row.state for row in rows]).unsqueeze(1),
-        output=torch.stack(outputs),
-        noise=torch.stack([zero if row.noise is None else row.noise for row in rows]),
+        state=stack([row.state for row in rows]).unsqueeze(1),
+        output=torch.stack([stack([*row.outputs, *[0.0] * (width - len(row.outputs))]) for row in rows]),
+        noise=stack([row.noise for row in rows]),
         constant=f64([0.0] * n),
         alpha=alpha,
         sigma=sigma,

@@ -12,6 +12,7 @@ from fewstep.errors import FewstepError, GridError, unknown
 from fewstep.samplers.grid import Grid, Point
 from fewstep.samplers.lagrange import Basis, Row, lagrange_row
 from fewstep.samplers.plan import SolverPlan, plan_from_rows
+from fewstep.samplers.scalar import value
 from fewstep.samplers.schedule import NoiseSchedule
 
 
@@ -101,7 +102,7 @@ class Multistep(Solver):
 
         No later row reads that output: a node at lambda = -inf carries no weight.
         """
-        return self.basis == "noise" and math.isinf(float(points[0].lam.detach()))
+        return self.basis == "noise" and math.isinf(value(points[0].lam))
 
     @property
     def convergence_order(self) -> int:
@@ -112,7 +113,8 @@ class Multistep(Solver):
         if grid.schedule != schedule:
             raise GridError(f"this grid was made for {grid.schedule.identity()}, not for {schedule.identity()}")
         points = grid.points()
-        rows, basis = self.rows(points, self.orders(grid)), [self.basis] * grid.steps
+        rows = self.rows(points, self.orders(grid))
+        basis: list[Basis] = [self.basis] * grid.steps
         if self._starts_at_pure_noise(points):
             basis[0] = "data"
         plan = plan_from_rows(schedule, grid, basis, rows, method=str(self), order=self.convergence_order)

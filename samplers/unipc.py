@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from fewstep.errors import FewstepError, unknown
 from fewstep.samplers.dpm_solver import secant_row
 from fewstep.samplers.grid import Point
 from fewstep.samplers.lagrange import Row, lagrange_row
+from fewstep.samplers.scalar import Scalar, value
 from fewstep.samplers.solver import Multistep
 
 
@@ -54,7 +52,7 @@ class UniPC(Multistep):
         """p + 1, or what the predictor alone has where any interval goes without a corrector."""
         return self.order if self.disable_corrector else self.order + 1
 
-    def _half(self, first: Row, s: Point, t: Point) -> Tensor:
+    def _half(self, first: Row, s: Point, t: Point) -> Scalar:
         if self.b == "bh2":
             return 0.5 * first.outputs[0]
         h = t.lam - s.lam
@@ -81,7 +79,7 @@ class UniPC(Multistep):
         for i in range(1, len(orders)):
             s, t = points[i - 1], points[i]
             # from lambda = -inf B(h) = h is infinite, and in the noise basis so is the state's ratio
-            unbounded = math.isinf(float(s.lam.detach())) and (self.b == "bh1" or self.basis == "noise")
+            unbounded = math.isinf(value(s.lam)) and (self.b == "bh1" or self.basis == "noise")
             if i - 1 in self.disable_corrector or unbounded:
                 rows.append(predictors[i])
                 continue
@@ -92,11 +90,8 @@ class UniPC(Multistep):
 
 def _eliminate(predictor: Row, corrector: Row, previous: Row) -> Row:
     """b^P_i + a_i (b^C_i - b^P_{i-1}); ``previous`` reads from one output further back."""
-    shift = [
-        c - p for c, p in zip(corrector.outputs, [torch.zeros_like(predictor.state), *previous.outputs], strict=True)
-    ]
+    shift = [c - p for c, p in zip(corrector.outputs, [0.0, *previous.outputs], strict=True)]
     width = max(len(shift), len(predictor.outputs))
-    zero = torch.zeros_like(predictor.state)
-    padded = [[*row, *[zero] * (width - len(row))] for row in (predictor.outputs, shift)]
+    padded = [[*row, *[0.0] * (width - len(row))] for row in (predictor.outputs, shift)]
     outputs = [b + predictor.state * d for b, d in zip(*padded, strict=True)]
     return Row(predictor.state, outputs)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import threading
 from dataclasses import replace
 
@@ -61,11 +62,12 @@ def test_conversion_is_the_algebra(prediction, basis):
     schedule = SCHEDULES[prediction]
     x0, eps = normal(5), normal(5, seed=1)
     for lam in (-3.0, -0.5, 0.0, 2.0, 4.0):
-        p = Grid.lambdas(schedule, [lam, lam + 1]).points()[0]
-        raw = raw_of(prediction, x0, eps, p.alpha, p.sigma, schedule.sigma_data)
-        a, b = conversion(prediction, basis, p.alpha, p.sigma, schedule.sigma_data)
+        grid = Grid.lambdas(schedule, [lam, lam + 1])
+        alpha, sigma = grid.alpha[0], grid.sigma[0]
+        raw = raw_of(prediction, x0, eps, alpha, sigma, schedule.sigma_data)
+        a, b = conversion(prediction, basis, alpha, sigma, schedule.sigma_data)
         expected = {"data": x0, "noise": eps, "velocity": eps - x0}[basis]
-        got = a * (p.alpha * x0 + p.sigma * eps) + b * raw
+        got = a * (alpha * x0 + sigma * eps) + b * raw
         # subtracting alpha x0 from x and dividing by sigma (or the other way round) loses 1/sigma or 1/alpha <= e^4
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -419,7 +421,7 @@ def renoising_plan():
     back = grid.points()[1]  # from lambda = 1 back to lambda = 0
     low = grid.points()[2]
     ratio = back.alpha / low.alpha
-    noise = torch.sqrt(back.sigma**2 - (ratio * low.sigma) ** 2)
+    noise = math.sqrt(back.sigma**2 - (ratio * low.sigma) ** 2)
     last = lagrange_row("data", "lambda", [back], back, grid.points()[3])
 
     def insert(values, *more):
@@ -431,8 +433,8 @@ def renoising_plan():
         output=insert(plan.output[:, 0], 0.0, last.outputs[0])[:, None],
         noise=insert(plan.noise, noise, 0.0),
         constant=torch.zeros(4, dtype=torch.float64),
-        alpha=torch.stack([*grid.alpha[:3], back.alpha, grid.alpha[3]]),
-        sigma=torch.stack([*grid.sigma[:3], back.sigma, grid.sigma[3]]),
+        alpha=grid.alpha[[0, 1, 2, 1, 3]],
+        sigma=grid.sigma[[0, 1, 2, 1, 3]],
         model_time=torch.stack([*grid.model_time[:2], grid.model_time[2], grid.model_time[1]]),
         in_scale=torch.ones(4, dtype=torch.float64),
         evaluate=torch.tensor([True, True, False, True]),

@@ -387,7 +387,7 @@ def test_a_grid_is_a_sequence_of_points():
         assert p.lam == grid.lam[i]
         assert p.alpha == grid.alpha[i]
         assert p.sigma == grid.sigma[i]
-        assert p.rho.item() == pytest.approx(grid.noise_levels[i].item(), rel=1e-12)
+        assert p.rho == pytest.approx(grid.noise_levels[i].item(), rel=1e-12)
     assert len(str(grid).splitlines()) == 5
 
 

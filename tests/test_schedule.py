@@ -55,14 +55,20 @@ def assert_same_bar(schedule, alphas_cumprod):
 # -- the tables that diffusers computes --------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
 def test_every_beta_schedule_equals_diffusers(name):
-    theirs = diffusers.DDPMScheduler(beta_schedule=name, beta_start=0.00085, beta_end=0.012)
+    try:
+        theirs = diffusers.DDPMScheduler(beta_schedule=name, beta_start=0.00085, beta_end=0.012)
+    except NotImplementedError:
+        pytest.skip(f"this release of diffusers does not know {name}")
     assert_same_bar(NoiseSchedule.from_config(dict(theirs.config)), theirs.alphas_cumprod)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "exp", "laplace"])
 def test_betas_given_by_alpha_bar_equal_diffusers_function(kind):
     ours = betas({"cosine": "squaredcos_cap_v2"}.get(kind, kind), 500, 0.0, 0.0)
-    theirs = betas_for_alpha_bar(500, alpha_transform_type=kind).double()
+    try:
+        theirs = betas_for_alpha_bar(500, alpha_transform_type=kind).double()
+    except ValueError:
+        pytest.skip(f"this release of diffusers does not know {kind}")
     assert torch.allclose(ours, theirs, rtol=EPS32, atol=1e-12)
 
 
