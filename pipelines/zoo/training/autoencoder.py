@@ -56,7 +56,8 @@ class AutoencoderTask:
         """Measures ``scaling_factor`` (one over the latents' standard deviation on the training split), then saves."""
         moments = latents(module, data.load("train").images[:10_000])
         module.register_to_config(scaling_factor=1 / float(sample(moments, torch.Generator().manual_seed(0)).std()))
-        nn.Module.to(module, torch.float16).save_pretrained(folder)
+        halved: Any = nn.Module.to(module, torch.float16)
+        halved.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -230,11 +230,10 @@ def _update(task: Task, state: State, settings: Settings, progress: float, gener
 @torch.no_grad()
 def _average(average: nn.Module, module: nn.Module, weight: float) -> None:
     """Moves ``average`` towards ``module``; buffers that count are copied."""
-    old, new = list(average.state_dict().values()), list(module.state_dict().values())
-    moved = [(a, b) for a, b in zip(old, new, strict=True) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in moved], [b for _, b in moved], weight)
-    for a, b in zip(old, new, strict=True):
-        if not a.is_floating_point():
+    for a, b in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
+        if a.is_floating_point():
+            a.lerp_(b, weight)
+        else:
             a.copy_(b)
 
 
