@@ -25,10 +25,7 @@ class ArtifactError(FewstepError):
 def unknown(what: str, value: object, known: Iterable[object]) -> str:
     """``unknown("grid", "karas", [...])`` -> a sentence that names the value, the nearest known one, and all of them."""
     names = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return (
-        f"unknown {what} {value!r}{hint} Known: {', '.join(names)}"
-        if hint
-        else (f"unknown {what} {value!r}; known: {', '.join(names)}")
-    )
+    folded = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(str(value).casefold(), folded, n=1)
+    hint = f"; did you mean {folded[near[0]]!r}? Known" if near else "; known"
+    return f"unknown {what} {value!r}{hint}: {', '.join(names)}"
