@@ -58,13 +58,13 @@ format: $(STAMP)  ## Let ruff sort imports and format.
 ZOO := $(BIN)/python -m fewstep.pipelines.zoo.training
 
 train: $(STAMP)  ## Retrain the embedded models (needs the Debian package dataset-fashion-mnist; hours on two cores).
-	$(ZOO) fashion-features --steps 8000
+	$(ZOO) fashion-features --steps 5000
 	$(ZOO) export fashion-features
 	$(ZOO) fashion-autoencoder --minutes 21
 	$(ZOO) export fashion-autoencoder
 	$(ZOO) fashion-clip --minutes 14
 	$(ZOO) export fashion-clip
-	$(ZOO) fashion-sd --minutes 72
+	$(ZOO) fashion-sd --minutes 66
 	$(ZOO) export fashion-sd
 	$(ZOO) measure fashion-sd
 

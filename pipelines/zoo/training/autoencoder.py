@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from .. import folders
 from . import data
-from .loop import Settings, batch_indices
+from .loop import batch_indices
+from .task import Settings
 from .untyped import diffusers as untyped
 
 

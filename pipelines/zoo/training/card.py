@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from .. import folders
 from .configs import Published
-from .loop import State
+from .state import State
 
 
 def write(folder: Path, published: Published, state: State, measured: dict[str, float]) -> None:

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ..classifier import FashionFeatures
 from . import data, reference
-from .loop import Settings, batch_indices
+from .loop import batch_indices
+from .task import Settings
 
 
 class ClassifierTask:

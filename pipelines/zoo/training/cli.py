@@ -17,7 +17,8 @@ from fewstep.errors import ArtifactError, FewstepError
 
 from .. import folders, integrity
 from . import card, configs
-from .loop import CHECKPOINT, Budget, State, initial_state, train
+from .loop import CHECKPOINT, Budget, train
+from .state import State, initial_state
 from .tidy import tidy
 
 CACHE = Path(".cache/training")

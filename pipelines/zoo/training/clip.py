@@ -15,7 +15,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from ..classes import PLAIN_PROMPTS
 from . import captions, data, tokenizer
 from .classifier import augment
-from .loop import Settings, batch_indices
+from .loop import batch_indices
+from .task import Settings
 
 
 class ClipTask:

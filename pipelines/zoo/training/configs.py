@@ -14,7 +14,7 @@ from . import fashion_sd
 from .autoencoder import AutoencoderTask
 from .classifier import ClassifierTask
 from .clip import ClipTask
-from .loop import Settings, Task
+from .task import Settings, Task
 
 AUTOENCODER = {
     "in_channels": 1,

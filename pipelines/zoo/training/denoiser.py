@@ -13,9 +13,10 @@ from torch import nn
 from .. import folders
 from ..classes import CLASSES
 from . import captions, data
-from .loop import Settings, batch_indices
+from .loop import batch_indices
 from .objectives import Objective
 from .spaces import Space
+from .task import Settings
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from .. import folders
 from . import captions, data, tokenizer
 from .autoencoder import load_autoencoder
 from .denoiser import Conditions, DenoiserTask
-from .loop import Settings
 from .objectives import Epsilon
 from .spaces import Latents
+from .task import Settings
 from .untyped import diffusers as untyped
 
 SCHEDULER: dict[str, Any] = {
