@@ -15,7 +15,8 @@ MODEL ?= fashion-sd
 SCHEDULERS ?= DPMSolver,UniPC(solver_order=3),diffusers:DPMSolverMultistepScheduler,diffusers:UniPCMultistepScheduler,diffusers:DDIMScheduler
 STEPS ?= 5,10,20
 SAMPLES ?= 500
-GUIDANCE ?= 4
+# At 4 the FID of these small images is that of guidance (2.8 at 50 steps, 0.5 at 2), which hides what steps cost.
+GUIDANCE ?= 2
 # At most so many images a cell, to try it out: make demo LIMIT=8
 LIMIT ?=
 OUT ?= out/demo

@@ -52,11 +52,10 @@ class _Row:
     """A later row reads m_i."""
     forget: tuple[tuple[bool, int], ...]
     """What no later row reads."""
-
-    @property
-    def draws(self) -> bool:
-        """Whether the row needs a normal draw."""
-        return not (isinstance(self.noise, float) and self.noise == 0.0)
+    draws: bool
+    """The row needs a normal draw."""
+    call_follows: bool
+    """The next row calls the network, or there is none."""
 
 
 @dataclass
@@ -119,7 +118,7 @@ class Executor:
         if dtype is torch.float16 or dtype is torch.bfloat16:
             x = x.float()
         y = self._row(run, raw, x, generator, noise)
-        while run.i < len(self.rows) and not self.rows[run.i].evaluate:
+        while not self.rows[run.i - 1].call_follows:
             if self.rows[run.i - 1].draws:
                 noise = None  # used up: another row's noise is independent of it
             y = self._row(run, None, y, generator, noise)
@@ -164,8 +163,9 @@ class Executor:
         """m', a tensor of our own: a compiled network may reuse the memory of ``raw`` at its next call."""
         if self.hook is None:
             p, q = row.convert
-            if isinstance(p, float) and p == 1.0 and isinstance(q, float):
-                return torch.add(x, raw, alpha=q).to(x.dtype)
+            if isinstance(q, float) and p == 1.0:
+                m = torch.add(x, raw, alpha=q)
+                return m if m.dtype is x.dtype else m.to(x.dtype)
             return _add(_scaled(raw.to(x.dtype), q), x, p)
         x0 = self.hook(self._x0(row, x, raw, False))
         u, v = row.from_x0
@@ -251,6 +251,8 @@ def _bind(plan: SolverPlan) -> list[_Row]:
                 keep_state=(False, i) in last,
                 keep_output=(True, i) in last,
                 forget=tuple(key for key, at in last.items() if at == i),
+                draws=not (isinstance(noise, float) and noise == 0.0),
+                call_follows=i + 1 == n or bool(plan.evaluate[i + 1]),
             )
         )
     return rows
