@@ -42,16 +42,18 @@ class _Row:
     output: Scalar
     folded: tuple[Scalar, Scalar]
     """(weight of X, weight of raw), the row with its conversion folded in."""
-    older: tuple[tuple[bool, int, Scalar], ...]
-    """(is an output, index, weight) of everything else that the row reads."""
+    older_outputs: tuple[tuple[int, Scalar], ...]
+    """(index, weight) of the past outputs that the row reads."""
+    older_states: tuple[tuple[int, Scalar], ...]
     noise: Scalar
     constant: Scalar
     keep_state: bool
     """A later row reads X_i."""
     keep_output: bool
     """A later row reads m_i."""
-    forget: tuple[tuple[bool, int], ...]
+    forget_outputs: tuple[int, ...]
     """What no later row reads."""
+    forget_states: tuple[int, ...]
     draws: bool
     """The row needs a normal draw."""
     call_follows: bool
@@ -148,14 +150,18 @@ class Executor:
             y = _add(_scaled(x, u), raw, v)
         if row.keep_state:
             run.states[i] = x.clone()  # a pipeline may edit its latents in place
-        for is_output, j, w in row.older:
-            y = _add(y, run.outputs[j] if is_output else run.states[j], w)
+        for j, w in row.older_outputs:
+            y = _add(y, run.outputs[j], w)
+        for j, w in row.older_states:
+            y = _add(y, run.states[j], w)
         if self.constant is not None:
             y = _add(y, self.constant.to(x), row.constant)
         if row.draws:
             y = _add(y, draw(x, generator) if noise is None else noise.to(x), row.noise)
-        for is_output, j in row.forget:
-            (run.outputs if is_output else run.states).pop(j, None)
+        for j in row.forget_outputs:
+            del run.outputs[j]
+        for j in row.forget_states:
+            del run.states[j]
         run.i = i + 1
         return y
 
@@ -166,7 +172,7 @@ class Executor:
             if isinstance(q, float) and p == 1.0:
                 m = torch.add(x, raw, alpha=q)
                 return m if m.dtype is x.dtype else m.to(x.dtype)
-            return _add(_scaled(raw.to(x.dtype), q), x, p)
+            return _add(_scaled(raw if raw.dtype is x.dtype else raw.to(x.dtype), q), x, p)
         x0 = self.hook(self._x0(row, x, raw, False))
         u, v = row.from_x0
         return _add(_scaled(x0, v), x, u)
@@ -224,12 +230,10 @@ def _bind(plan: SolverPlan) -> list[_Row]:
     ]
     output = [_numbers(torch.stack(row)) for row in weights]
     state = [_numbers(row) for row in plan.state]
-    reads = [
-        [(False, i - k, w) for k, w in enumerate(state[i]) if k and w != 0]
-        + [(True, i - k, w) for k, w in enumerate(output[i]) if k and w != 0]
-        for i in range(n)
-    ]
-    last = {(is_output, j): i for i in range(n) for is_output, j, _ in reads[i]}
+    outputs_read = [tuple((i - k, w) for k, w in enumerate(row) if k and w != 0) for i, row in enumerate(output)]
+    states_read = [tuple((i - k, w) for k, w in enumerate(row) if k and w != 0) for i, row in enumerate(state)]
+    last_output = {j: i for i, read in enumerate(outputs_read) for j, _ in read}
+    last_state = {j: i for i, read in enumerate(states_read) for j, _ in read}
     columns = (p, q, *to_x0, *from_x0, plan.in_scale, plan.noise, plan.constant)
     rows = []
     for i, (pi, qi, xu, xv, mu, mv, in_scale, noise, constant) in enumerate(zip(*map(_numbers, columns), strict=True)):
@@ -245,12 +249,14 @@ def _bind(plan: SolverPlan) -> list[_Row]:
                 state=a,
                 output=b,
                 folded=(a + b * pi, b * qi),
-                older=tuple(reads[i]),
+                older_outputs=outputs_read[i],
+                older_states=states_read[i],
                 noise=noise,
                 constant=constant,
-                keep_state=(False, i) in last,
-                keep_output=(True, i) in last,
-                forget=tuple(key for key, at in last.items() if at == i),
+                keep_state=i in last_state,
+                keep_output=i in last_output,
+                forget_outputs=tuple(j for j, at in last_output.items() if at == i),
+                forget_states=tuple(j for j, at in last_state.items() if at == i),
                 draws=not (isinstance(noise, float) and noise == 0.0),
                 call_follows=i + 1 == n or bool(plan.evaluate[i + 1]),
             )

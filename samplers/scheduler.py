@@ -312,8 +312,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             FewstepError: no plan, a run that is over, an unexpected timestep, or shapes and devices that differ.
         """
         run = self._run
-        # where the timestep is on the host it must be the expected one; a device's is trusted, reading it would wait
-        if run is None or run.i >= self._end or (_on_host(timestep) and _as_float(timestep) != self._expected[run.i]):
+        if run is None or run.i >= self._end or not _is(timestep, self._expected[run.i]):
             run = self._start_or_refuse(timestep)
         if model_output.shape != sample.shape or model_output.device != sample.device:
             model_output = self._checked(model_output, sample)
@@ -444,8 +443,11 @@ def _as_float(timestep: float | Tensor) -> float:
     return float(timestep)
 
 
-def _on_host(timestep: float | Tensor) -> bool:
-    return not isinstance(timestep, Tensor) or timestep.is_cpu
+def _is(timestep: float | Tensor, expected: float) -> bool:
+    """Whether ``timestep`` is ``expected``. One that lives on a device is trusted: reading it would wait for the device."""
+    if isinstance(timestep, Tensor):
+        return not timestep.is_cpu or (timestep.item() if timestep.ndim == 0 else _as_float(timestep)) == expected
+    return timestep == expected
 
 
 def _close(expected: float, value: float) -> bool:
