@@ -17,6 +17,7 @@ from fewstep.errors import ArtifactError, GridError, unknown
 from fewstep.samplers import spacing
 from fewstep.samplers.scalar import Scalar, value
 from fewstep.samplers.schedule import DiscreteVP, Flow, NoiseSchedule, alpha_sigma, f64
+from fewstep.samplers.spacing import timesteps as spaced_timesteps
 
 Terminal = Literal["zero", "sigma_min"]
 NAMES = (
@@ -218,11 +219,9 @@ class Grid:
             raise GridError(f"{spacing} spacing needs a model with training timesteps; use karras or uniform_lambda")
         total = len(schedule.log_rho)
         usable = int((schedule.log_rho <= -lambda_min_clipped).sum())
-        tau = _spaced(total, n, spacing, convention == "dpm", offset, usable)
-        if tau[-1] == 0:
-            terminal = (
-                "zero"  # the smallest training sigma is evaluated already; diffusers would spend a call on a no-op
-            )
+        tau = spaced_timesteps(total, n, spacing, dpm=convention == "dpm", offset=offset, last=usable)
+        if tau[-1] == 0:  # the smallest training sigma is evaluated already; diffusers would spend a call on a no-op
+            terminal = "zero"
         return cls.timesteps(schedule, tau, terminal=terminal, name=spacing)
 
     @classmethod
@@ -357,10 +356,6 @@ class Grid:
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"{path} holds something else than numbers in lam or model_time: {error}") from None
         return cls(schedule.t(lam), lam, model_time, schedule, str(data["name"]))
-
-
-def _spaced(total: int, n: int, rule: str, dpm: bool, offset: int, usable: int) -> Tensor:
-    return spacing.timesteps(total, n, rule, dpm=dpm, offset=offset, last=usable)
 
 
 def _check_steps(n: int) -> None:

@@ -21,7 +21,7 @@ from fewstep.samplers.moments import exponential_moments
 from fewstep.samplers.scalar import Scalar, exp, expm1, sqrt, value
 
 Basis = Literal["data", "noise", "velocity"]
-Variable = Literal["lambda", "rho", "sigma", "t"]
+Variable = Literal["lambda", "rho", "sigma"]
 VARIABLES: dict[str, tuple[str, ...]] = {"data": ("lambda",), "noise": ("lambda", "rho"), "velocity": ("sigma",)}
 
 
