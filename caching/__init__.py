@@ -1,3 +1,59 @@
-"""caching"""
+"""Caching: features reused from step to step, by one plan that says where and when.
+
+Names are loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 assert __name__.startswith("fewstep."), "import fewstep.caching instead"
+
+if TYPE_CHECKING:
+    from fewstep.caching.actions import Action as Action
+    from fewstep.caching.controller import Controller as Controller
+    from fewstep.caching.controller import applied as applied
+    from fewstep.caching.controller import apply_ as apply_
+    from fewstep.caching.controller import controller_of as controller_of
+    from fewstep.caching.controller import remove_ as remove_
+    from fewstep.caching.controller import wrap as wrap
+    from fewstep.caching.cost import PlanCost as PlanCost
+    from fewstep.caching.method import Method as Method
+    from fewstep.caching.methods.deep_cache import DeepCache as DeepCache
+    from fewstep.caching.methods.encoder_propagation import EncoderPropagation as EncoderPropagation
+    from fewstep.caching.methods.interval import FORA as FORA
+    from fewstep.caching.methods.interval import DeltaDiT as DeltaDiT
+    from fewstep.caching.methods.interval import Interval as Interval
+    from fewstep.caching.plan import CachePlan as CachePlan
+    from fewstep.caching.predictors import Affine as Affine
+    from fewstep.caching.predictors import Extrapolate as Extrapolate
+    from fewstep.caching.predictors import Hold as Hold
+    from fewstep.caching.predictors import Momentum as Momentum
+    from fewstep.caching.predictors import Taylor as Taylor
+    from fewstep.caching.report import CacheReport as CacheReport
+
+_MODULES = {
+    "actions": ("Action",),
+    "controller": ("Controller", "applied", "apply_", "controller_of", "remove_", "wrap"),
+    "cost": ("PlanCost",),
+    "method": ("Method",),
+    "methods.deep_cache": ("DeepCache",),
+    "methods.encoder_propagation": ("EncoderPropagation",),
+    "methods.interval": ("FORA", "DeltaDiT", "Interval"),
+    "plan": ("CachePlan",),
+    "predictors": ("Affine", "Extrapolate", "Hold", "Momentum", "Taylor"),
+    "report": ("CacheReport",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fewstep.caching' has no attribute {name!r}; it has {', '.join(__dir__())}")
+    value = getattr(import_module(f"fewstep.caching.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

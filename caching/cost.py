@@ -1,0 +1,133 @@
+"""What a plan costs before it runs: multiply-accumulates, counted on shapes alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fewstep.caching.actions import Action
+from fewstep.caching.families import family_of
+from fewstep.caching.model_cache import ModelCache
+from fewstep.caching.plan import CachePlan
+from fewstep.errors import FewstepError
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Multiply-accumulates of a trajectory.
+
+    Attributes:
+        macs: of every step's call.
+        full: of a call that computes everything.
+    """
+
+    macs: tuple[int, ...]
+    full: int
+
+    @property
+    def total(self) -> int:
+        """Of all steps."""
+        return sum(self.macs)
+
+    @property
+    def share(self) -> float:
+        """The plan's MACs as a share of computing everything."""
+        return self.total / (self.full * len(self.macs))
+
+    @property
+    def speedup(self) -> float:
+        """What the MACs allow at most; attention, norms and memory traffic decide how near one comes."""
+        return 1 / self.share
+
+    @property
+    def effective_steps(self) -> float:
+        """The number of full calls with as many MACs."""
+        return self.total / self.full
+
+    def __str__(self) -> str:
+        from fewstep.eval.costs.mac_count import human
+
+        return (
+            f"{human(self.total)} MACs in {len(self.macs)} steps, {self.share:.1%} of computing everything: "
+            f"at most {self.speedup:.2f} times as fast"
+        )
+
+
+def plan_cost(plan: CachePlan, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> PlanCost:
+    """See :meth:`CachePlan.cost`."""
+    rows, where = np.unique(plan.actions, axis=0, return_inverse=True)
+    macs = row_macs(plan, model, rows, inputs)
+    return PlanCost(tuple(macs[1 + int(i)] for i in where.reshape(-1)), macs[0])
+
+
+def row_macs(
+    plan: CachePlan, model: nn.Module, rows: np.ndarray[Any, Any], inputs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """MACs of a call that computes everything, then of one with each row of actions.
+
+    Args:
+        plan: whose sites and predictor are meant.
+        model: the network; it is not run.
+        rows: (any number, sites) of actions.
+        inputs: see :meth:`CachePlan.cost`.
+
+    Raises:
+        FewstepError: where the network cannot run on shapes alone.
+    """
+    from fewstep.eval.costs.mac_count import flop_counter
+
+    arguments = on_meta(family_of(model).example() if inputs is None else dict(inputs))
+    probe = CachePlan(
+        plan.sites,
+        np.concatenate([np.full((1, len(plan.sites)), Action.COMPUTE), rows]),
+        plan.predictor,
+        plan.model,
+    )
+    shadow = meta_copy(model)
+    cache = ModelCache(shadow, [probe], probe.steps)
+    counts = []
+    try:
+        with torch.no_grad():
+            for _ in range(probe.steps):
+                with flop_counter() as counter:
+                    shadow(**arguments)
+                counts.append(int(counter.get_total_flops()) // 2)
+    except (RuntimeError, NotImplementedError) as error:
+        raise FewstepError(
+            f"{type(model).__name__} cannot run on shapes alone ({str(error).splitlines()[0]}); "
+            "count a real run with eval.MacCounter"
+        ) from error
+    finally:
+        cache.remove()
+    return counts
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The network on the meta device: shapes without numbers. The original's hooks and weights are left alone."""
+    if hasattr(type(model), "from_config") and hasattr(model, "config"):
+        with torch.device("meta"):
+            made: nn.Module = type(model).from_config(model.config)
+        # nn.Module's own: that of ModelMixin warns about modules kept in float32
+        return nn.Module.to(made, next(model.parameters()).dtype).eval()
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
+    return copy.deepcopy(model, memo)
+
+
+def on_meta(values: Any) -> Any:
+    """Tensors in a tree as shapes without numbers."""
+    return tree_map(lambda v: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v, values)
+
+
+def shares(plan: CachePlan, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sequence[float]:
+    """Share of a full call's MACs that each site of a plan saves when it alone is reused."""
+    rows = np.where(np.eye(len(plan.sites), dtype=bool), np.int8(Action.REUSE), np.int8(Action.COMPUTE))
+    full, *reused = row_macs(plan, model, rows, inputs)
+    return [1 - macs / full for macs in reused]

@@ -1,0 +1,353 @@
+"""The cache of one network: hooks on it and on the modules of its sites, and what they decide in a call."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor, nn
+
+from fewstep.caching.actions import Action
+from fewstep.caching.clock import Clock
+from fewstep.caching.families import Family, Site, family_of
+from fewstep.caching.hooks import NAME, install, installed, uninstall
+from fewstep.caching.method import Decider, Entry, Method, Planned
+from fewstep.caching.plan import CachePlan
+from fewstep.caching.predictors import Predictor
+from fewstep.caching.roles import Moment, Role, first_tensor
+from fewstep.caching.store import Cell
+from fewstep.caching.streams import Streams, layout
+from fewstep.errors import FewstepError, PlanError
+
+PROBE = "fewstep_cache_probe"
+
+
+class Layer:
+    """One method or plan on its sites; a cache may have several, on disjoint ones."""
+
+    def __init__(self, method: Method | CachePlan, family: Family) -> None:
+        self.method = method
+        if isinstance(method, CachePlan):
+            made_for = method.model.get("class", family.name)
+            if made_for != family.name:
+                raise PlanError(f"the cache plan was made for {made_for}, the model is {family.name}")
+        names = list(method.sites) if isinstance(method, CachePlan) else method.sites(family)
+        if not names:
+            raise FewstepError(
+                f"{_describe(method)} found no site in {family.name}; it has {', '.join(family.offered())}"
+            )
+        self.sites = [family.site(name) for name in names]
+        self.probes = {} if isinstance(method, CachePlan) else method.probes(family)
+        self._plans: dict[int, CachePlan] = {}
+
+    @property
+    def predictor(self) -> Predictor:
+        return self.method.predictor
+
+    def decider(self, family: Family, steps: int | None) -> Decider:
+        """For one trajectory of one stream."""
+        if isinstance(self.method, CachePlan):
+            return Planned(self.method.compile(steps))
+        if self.method.online or steps is None:
+            return self.method.decider(family, steps)
+        if steps not in self._plans:
+            self._plans[steps] = self.method.compile(family, steps)
+        return Planned(self._plans[steps])
+
+
+def _describe(method: Method | CachePlan) -> str:
+    return method.method if isinstance(method, CachePlan) else method.describe()
+
+
+@dataclass
+class Stream:
+    """What is kept for one stream of a trajectory."""
+
+    deciders: list[Decider]
+    cells: list[Cell]
+    layout: Any
+
+
+@dataclass
+class Call:
+    """One call of the network in progress."""
+
+    stream: Stream
+    name: str
+    step: int
+    total: int | None
+    actions: dict[int, Action] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)
+
+
+class ModelCache:
+    """A network with its layers of caches; made by :func:`fewstep.caching.apply_`.
+
+    Attributes:
+        model: the network.
+        family: what is known of it.
+        layers: the methods and their sites.
+        steps: number of steps, where the user said it.
+        log: how often what was done, by (step, index of the site, action).
+        forced: how many reuses had to be computed because nothing fitting was kept.
+    """
+
+    def __init__(
+        self, model: nn.Module, methods: Sequence[Method | CachePlan], steps: int | None = None, pipe: Any = None
+    ) -> None:
+        if installed(model):
+            raise FewstepError(f"{type(model).__name__} has a cache already; take it away first (caching.remove_)")
+        self.model, self.steps, self.pipe = model, steps, pipe
+        self.family = family_of(model)
+        self.layers = [Layer(method, self.family) for method in methods]
+        self.sites: list[Site] = [site for layer in self.layers for site in layer.sites]
+        self._owner = [number for number, layer in enumerate(self.layers) for _ in layer.sites]
+        self._first = [self._owner.index(number) for number in range(len(self.layers))]
+        self._check_disjoint()
+        self.enabled = True
+        self.log: Counter[tuple[int, int, int]] = Counter()
+        self.forced = 0
+        self.peak_bytes = 0
+        self._start()
+        self._install()
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+    def _start(self) -> None:
+        self.call: Call | None = None
+        self._clock, self._streams = Clock(), Streams()
+        self._by_name: dict[str, Stream] = {}
+
+    def reset(self) -> None:
+        """Forget everything kept; the next call starts a trajectory. The log stays."""
+        self._start()
+
+    def clear_log(self) -> None:
+        """Forget what was done so far."""
+        self.log.clear()
+        self.forced = self.peak_bytes = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
+        """A cache of the copied network that keeps nothing yet and belongs to the copied pipeline, if one is copied."""
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        state = {k: v for k, v in vars(self).items() if k not in ("pipe", "call", "_clock", "_streams", "_by_name")}
+        vars(new).update({k: copy.deepcopy(v, memo) for k, v in state.items()}, pipe=memo.get(id(self.pipe)))
+        new._start()
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("pipe", "call", "_clock", "_streams", "_by_name")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, pipe=None)
+        self._start()
+
+    def _check_disjoint(self) -> None:
+        owner: dict[str, str] = {}
+        for site in self.sites:
+            for role in site.roles:
+                if (other := owner.setdefault(role.path, site.name)) is not site.name:
+                    raise FewstepError(
+                        f"sites {other!r} and {site.name!r} share {role.path or 'the model'!r}; give disjoint ones"
+                    )
+
+    def _install(self) -> None:
+        done: list[tuple[nn.Module, str]] = []
+        try:
+            modules = dict(self.model.named_modules())
+            for layer in self.layers:
+                for name, place in layer.probes.items():
+                    path, _, end = place.rpartition(":")
+                    hook = f"{PROBE}_{name}"
+                    install(modules[path], ProbeHook(self, name, end), hook)
+                    done.append((modules[path], hook))
+            for index, site in enumerate(self.sites):
+                for role in site.roles:
+                    if role.path:
+                        install(modules[role.path], SiteHook(self, index, role))
+                        done.append((modules[role.path], NAME))
+            install(self.model, RootHook(self))
+        except BaseException:
+            for module, name in reversed(done):
+                uninstall(module, name)
+            raise
+
+    def remove(self) -> None:
+        """Take all hooks away; the network is as it was."""
+        modules = dict(self.model.named_modules())
+        for site in self.sites:
+            for role in site.roles:
+                if role.path:
+                    uninstall(modules[role.path])
+        for layer in self.layers:
+            for name, place in layer.probes.items():
+                uninstall(modules[place.rpartition(":")[0]], f"{PROBE}_{name}")
+        uninstall(self.model)
+        self._invalidate()
+
+    def _invalidate(self) -> None:
+        registry = vars(self.model).get("_diffusers_hook")
+        if registry is not None and hasattr(registry, "invalidate_child_registries_cache"):
+            registry.invalidate_child_registries_cache()
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+    def forward(self, forward: Callable[..., Any], context: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A call of the network: the position is found, then its modules run and ask what to do."""
+        if not self.enabled or self.call is not None:
+            return forward(*args, **kwargs)
+        try:
+            self.call = self._begin(context, self.family.arguments(args, kwargs))
+            for index, site in enumerate(self.sites):
+                for role in site.roles:
+                    if not role.path:  # a site that is the whole network's output
+                        return self.at_site(index, role, self.model, forward, args, kwargs)
+            return forward(*args, **kwargs)
+        except BaseException:
+            self.reset()  # half of a call's features must not be reused
+            raise
+        finally:
+            self._count()
+            self.call = None
+
+    def _begin(self, context: Any, arguments: Mapping[str, Any]) -> Call:
+        name = context if isinstance(context, str) else getattr(context, "name", None)
+        name = name or self._streams.name(self.family.conditioning(arguments))
+        index = getattr(context, "step_index", None)
+        scheduler = getattr(self.pipe, "scheduler", None)
+        total = self.steps
+        if scheduler is not None:
+            times = getattr(scheduler, "timesteps", None)
+            total = total or (len(times) if times is not None else None)
+            index = _step_index(scheduler) if index is None else index
+        tick = self._clock.tick(name, arguments.get("timestep"), index, total)
+        if tick.fresh:
+            self._by_name = {}
+        total = self.steps or tick.total
+        kind = layout([self.family.sample(arguments)])
+        stream = self._by_name.get(name)
+        if stream is None:
+            stream = self._by_name[name] = Stream(
+                [layer.decider(self.family, total) for layer in self.layers], self._cells(), kind
+            )
+        elif stream.layout != kind:  # another batch or size: nothing that is kept fits
+            stream.cells, stream.layout = self._cells(), kind
+        return Call(stream, name, tick.step, total)
+
+    def _cells(self) -> list[Cell]:
+        return [
+            Cell.empty(site.name, self.layers[owner].predictor.depth)
+            for site, owner in zip(self.sites, self._owner, strict=True)
+        ]
+
+    def at_site(
+        self, index: int, role: Role, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """A module of site ``index`` was reached."""
+        call = self.call
+        if call is None:  # called by itself, outside the network
+            return forward(*args, **kwargs)
+        owner = self._owner[index]
+        action = call.actions.get(index)
+        cell = call.stream.cells[index]
+        keep = call.stream.deciders[owner].keeps(call.step, index - self._first[owner])
+        if action is None:
+            action = self._decide(call, index, cell, keep, module, args, kwargs)
+        at = Moment(cell, call.step, keep, self.layers[owner].predictor)
+        if action is Action.COMPUTE:
+            return role.compute(at, forward, args, kwargs)
+        if action is Action.REUSE:
+            return role.reuse(at, forward, args, kwargs)
+        return (role.skip if action is Action.SKIP else role.sparse)(at, forward, args, kwargs)
+
+    def _decide(self, call: Call, index: int, cell: Cell, keep: bool, module: Any, args: Any, kwargs: Any) -> Action:
+        owner = self._owner[index]
+        local = index - self._first[owner]
+        entry = Entry(call.step, call.total, local, module, args, kwargs, call.probes, cell.computed)
+        action = call.stream.deciders[owner](entry)
+        if action in (Action.REUSE, Action.SPARSE) and cell.computed is None:
+            action, self.forced = Action.COMPUTE, self.forced + 1
+        if action is Action.COMPUTE and keep:
+            cell.computed = call.step
+        call.actions[index] = action
+        return action
+
+    def _count(self) -> None:
+        if self.call is None:
+            return
+        for index, action in self.call.actions.items():
+            self.log[self.call.step, index, int(action)] += 1
+        held = sum(cell.nbytes for stream in self._by_name.values() for cell in stream.cells)
+        self.peak_bytes = max(self.peak_bytes, held)
+
+
+def _step_index(scheduler: Any) -> int | None:
+    """Where a scheduler is, as a whole number that it keeps on the host; None where it keeps none."""
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "begin_index", None) if hasattr(scheduler, "begin_index") else None
+        index = 0 if index is None and hasattr(scheduler, "step_index") else index
+    return index if isinstance(index, int) else None
+
+
+class RootHook(ModelHook):  # type: ignore[misc]
+    """Around the network: opens and closes a call. Pipelines' cache contexts reach it through ``context``."""
+
+    _is_stateful = True
+
+    def __init__(self, cache: ModelCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.context = StateManager(None)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.run(module, self.fn_ref.original_forward, args, kwargs)
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The call, through the cache."""
+        context = getattr(self.context, "_context", None) or getattr(self.context, "_current_context", None)
+        return self.cache.forward(forward, context, args, kwargs)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.cache.reset()
+        return module
+
+
+class SiteHook(ModelHook):  # type: ignore[misc]
+    """Around a module of a site."""
+
+    def __init__(self, cache: ModelCache, index: int, role: Role) -> None:
+        super().__init__()
+        self.cache, self.index, self.role = cache, index, role
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.run(module, self.fn_ref.original_forward, args, kwargs)
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module's call, or what stands for it."""
+        return self.cache.at_site(self.index, self.role, module, forward, args, kwargs)
+
+
+class ProbeHook(ModelHook):  # type: ignore[misc]
+    """Records what goes into a module, or comes out of it, for online decisions."""
+
+    def __init__(self, cache: ModelCache, name: str, end: str) -> None:
+        super().__init__()
+        self.cache, self.name, self.end = cache, name, end
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.run(module, self.fn_ref.original_forward, args, kwargs)
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module's call, its input or output remembered."""
+        call = self.cache.call
+        if call is not None and self.end == "input":
+            call.probes[self.name] = first_tensor(args, kwargs)
+        out = forward(*args, **kwargs)
+        if call is not None and self.end == "output":
+            call.probes[self.name] = out if isinstance(out, Tensor) else first_tensor(out, {})
+        return out

@@ -1,0 +1,256 @@
+"""Predictors: from the values computed at past steps the value to use now.
+
+A predictor is a frozen value, run on the tensors of one site at a time. All but the affine one are weights of past values,
+float64 numbers on the host: sum_j w_j F(s_j), newest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.caching.store import Cell
+from fewstep.errors import FewstepError, unknown
+
+KINDS: dict[str, type[Predictor]] = {}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Base: weights over past values.
+
+    Attributes:
+        kind: its name in plan files.
+        depth: how many computed values it reads.
+    """
+
+    kind: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        if cls.kind:
+            KINDS[cls.kind] = cls
+
+    @property
+    def depth(self) -> int:
+        return 1
+
+    def weights(self, past: Sequence[int], step: int) -> list[float]:
+        """Weights of the values computed at steps ``past`` (newest first) for the value at ``step``."""
+        return [1.0]
+
+    def predict(self, cell: Cell, step: int) -> Any:
+        """The site's value at ``step``, a tree like those that were kept.
+
+        Raises:
+            FewstepError: where a kept tensor was changed in place since.
+        """
+        newest = cell.history[0]
+        newest.check(cell.site)
+        weights = self.weights([value.step for value in cell.history], step)
+        if len(weights) == 1 and weights[0] == 1.0:
+            return newest.tree()
+        values = list(cell.history)[: len(weights)]
+        for value in values[1:]:
+            value.check(cell.site)
+        return newest.tree([_mix(weights, [value.leaves[i] for value in values]) for i in range(len(newest.leaves))])
+
+    # -- files --------------------------------------------------------------------------------------------------------
+    def spec(self) -> dict[str, Any]:
+        """Its kind and options, as JSON."""
+        return {"kind": self.kind, **{k: v for k, v in asdict(self).items() if k not in self.array_names()}}
+
+    @classmethod
+    def array_names(cls) -> tuple[str, ...]:
+        """The fields that hold tensors by site."""
+        return ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, ``"field/site"`` to tensor."""
+        return {f"{name}/{site}": t for name in self.array_names() for site, t in getattr(self, name).items()}
+
+
+def from_spec(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Predictor:
+    """The predictor that :meth:`Predictor.spec` and :meth:`Predictor.tensors` describe.
+
+    Raises:
+        FewstepError: for an unknown kind or option.
+    """
+    options = dict(spec)
+    kind = str(options.pop("kind", "hold"))
+    if kind not in KINDS:
+        raise FewstepError(unknown("predictor", kind, KINDS))
+    cls = KINDS[kind]
+    for name in cls.array_names():
+        options[name] = {key.split("/", 1)[1]: t for key, t in tensors.items() if key.startswith(name + "/")}
+    known = {f.name for f in fields(cls)}
+    if extra := sorted(set(options) - known):
+        raise FewstepError(f"predictor {kind} has no option {extra[0]!r}; it has {', '.join(sorted(known)) or 'none'}")
+    return cls(**options)
+
+
+def _mix(weights: Sequence[float], leaves: Sequence[Any]) -> Any:
+    if not isinstance(leaves[0], Tensor):
+        return leaves[0]
+    total = leaves[0] * weights[0]
+    for weight, leaf in zip(weights[1:], leaves[1:], strict=True):
+        total = torch.add(total, leaf, alpha=weight)
+    return total
+
+
+@dataclass(frozen=True)
+class Hold(Predictor):
+    """The last computed value, unchanged."""
+
+    kind: ClassVar[str] = "hold"
+
+
+@dataclass(frozen=True)
+class Extrapolate(Predictor):
+    """The polynomial of degree ``order`` through the last ``order + 1`` computed values, at the step asked for.
+
+        F(s) = sum_j F(s_j) prod_{m != j} (s - s_m) / (s_j - s_m)
+
+    Exact for features that are polynomials of that degree in the step. With fewer values the degree is what they allow.
+    """
+
+    order: int = 1
+    kind: ClassVar[str] = "extrapolate"
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+
+    @property
+    def depth(self) -> int:
+        return self.order + 1
+
+    def weights(self, past: Sequence[int], step: int) -> list[float]:
+        weights = []
+        for j, own in enumerate(past):
+            w = 1.0
+            for m, other in enumerate(past):
+                w *= (step - other) / (own - other) if m != j else 1.0
+            weights.append(w)
+        return weights
+
+
+@dataclass(frozen=True)
+class Taylor(Predictor):
+    """TaylorSeer's forecast, as published: backward differences stand for derivatives at the newest value.
+
+        D^0 = F,  D^{k+1}_j = (D^k_j - D^k_{j+1}) / (s_j - s_{j+1}),  F(s) = sum_k D^k_0 (s - s_0)^k / k!
+
+    Exact for linear features only: a backward difference is a derivative between two values, not at the newest one
+    (:class:`Extrapolate` is exact for every order). From Reusing to Forecasting: Accelerating Diffusion Models with
+    TaylorSeers, arXiv 2503.06923, eq. 5-8.
+    """
+
+    order: int = 1
+    kind: ClassVar[str] = "taylor"
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+
+    @property
+    def depth(self) -> int:
+        return self.order + 1
+
+    def weights(self, past: Sequence[int], step: int) -> list[float]:
+        count = len(past)
+        # differences[j] holds D^k_j as weights of the past values
+        differences = [[float(i == j) for i in range(count)] for j in range(count)]
+        offset, factor = float(step - past[0]), 1.0
+        total = list(differences[0])
+        for k in range(1, count):
+            differences = [
+                [(a - b) / (past[j] - past[j + 1]) for a, b in zip(differences[j], differences[j + 1], strict=True)]
+                for j in range(count - k)
+            ]
+            factor *= offset / k
+            total = [w + factor * d for w, d in zip(total, differences[0], strict=True)]
+        return total
+
+
+@dataclass(frozen=True)
+class Momentum(Predictor):
+    """The last value moved on by a share of the last change: F_0 + weight (F_0 - F_1).
+
+    FasterCache's dynamic feature reuse; ``weight`` 0.3 in its CogVideoX script. FasterCache: Training-Free Video Diffusion
+    Model Acceleration with High Quality, arXiv 2410.19355, eq. 3.
+    """
+
+    weight: float = 0.5
+    kind: ClassVar[str] = "momentum"
+
+    @property
+    def depth(self) -> int:
+        return 2
+
+    def weights(self, past: Sequence[int], step: int) -> list[float]:
+        return [1.0] if len(past) < 2 else [1.0 + self.weight, -self.weight]
+
+
+@dataclass(frozen=True)
+class Affine(Predictor):
+    """The last value, scaled and shifted per channel by what calibration found for the step: a F + b.
+
+    CacheQuant's decoupled error correction (arXiv 2503.01323) and, on a model's output, ERTACache's rectification
+    (arXiv 2508.21091).
+
+    Attributes:
+        scale: by site the factors, (steps, channels of all leaves one after the other).
+        shift: by site the summands, likewise.
+    """
+
+    scale: Mapping[str, Tensor] = field(default_factory=dict)
+    shift: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: ClassVar[str] = "affine"
+
+    @classmethod
+    def array_names(cls) -> tuple[str, ...]:
+        return ("scale", "shift")
+
+    def __post_init__(self) -> None:
+        if set(self.scale) != set(self.shift):
+            raise FewstepError("an affine predictor has a scale and a shift for each of its sites")
+        object.__setattr__(self, "_ready", {})
+
+    def predict(self, cell: Cell, step: int) -> Any:
+        value = cell.history[0]
+        value.check(cell.site)
+        if cell.site not in self.scale or step >= len(self.scale[cell.site]):
+            return value.tree()
+        return value.tree([self._correct(cell.site, step, i, value.leaves) for i in range(len(value.leaves))])
+
+    def _correct(self, site: str, step: int, index: int, leaves: Sequence[Any]) -> Any:
+        leaf = leaves[index]
+        if not isinstance(leaf, Tensor):
+            return leaf
+        axis = channel_axis(leaf)
+        begin = sum(other.shape[channel_axis(other)] for other in leaves[:index] if isinstance(other, Tensor))
+        scale, shift = self._on(site, leaf)
+        view = [1] * leaf.ndim
+        view[axis] = leaf.shape[axis]
+        end = begin + leaf.shape[axis]
+        return torch.addcmul(shift[step, begin:end].view(view), leaf, scale[step, begin:end].view(view))
+
+    def _on(self, site: str, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables on the leaf's device in its dtype, moved once."""
+        ready: dict[Any, tuple[Tensor, Tensor]] = getattr(self, "_ready")  # noqa: B009
+        key = (site, leaf.device, leaf.dtype)
+        if key not in ready:
+            ready[key] = (self.scale[site].to(leaf), self.shift[site].to(leaf))
+        return ready[key]
+
+
+def channel_axis(value: Tensor) -> int:
+    """Where the channels of a feature are: axis 1 of maps (B, C, H, W), the last one of tokens (B, N, C)."""
+    return 1 if value.ndim >= 4 else value.ndim - 1
+
+
+def _check_order(order: int) -> None:
+    if not isinstance(order, int) or not 0 <= order <= 4:
+        raise FewstepError(f"order is {order!r}; give 0 (hold) to 4")

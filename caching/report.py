@@ -1,0 +1,122 @@
+"""What a cache did: decisions by step and site, hit rate, memory, and what should make one wonder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fewstep.caching.actions import NAMES, Action
+
+if TYPE_CHECKING:
+    from fewstep.caching.model_cache import ModelCache
+
+FEW_STEPS = 8
+"""At so few steps neighbouring ones differ too much: every published cache gains 1.3x or less there, some do damage."""
+DISTILLED = ("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler", "SCMScheduler")
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Decisions of the calls since the cache was applied.
+
+    Attributes:
+        method: what decided.
+        sites: the sites' names, of all networks.
+        counts: how often each action was taken, by (step, index of the site).
+        forced: reuses that had to be computed, since nothing fitting was kept (a changed batch, a start in the middle).
+        held: most bytes held at a time.
+        warnings: sentences.
+    """
+
+    method: str
+    sites: tuple[str, ...]
+    counts: Mapping[tuple[int, int], Counter[int]]
+    forced: int
+    held: int
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, caches: Sequence[ModelCache]) -> CacheReport:
+        """The report of some networks' caches."""
+        sites: list[str] = []
+        counts: dict[tuple[int, int], Counter[int]] = {}
+        for cache in caches:
+            for (step, site, action), times in cache.log.items():
+                counts.setdefault((step, site + len(sites)), Counter())[action] += times
+            prefix = f"{cache.family.name}:" if len(caches) > 1 else ""
+            sites += [prefix + site.name for site in cache.sites]
+        methods = [
+            m.method if hasattr(m, "method") else m.describe() for c in caches for m in (x.method for x in c.layers)
+        ]
+        made = cls(
+            method=" + ".join(dict.fromkeys(methods)),
+            sites=tuple(sites),
+            counts=counts,
+            forced=sum(cache.forced for cache in caches),
+            held=sum(cache.peak_bytes for cache in caches),
+            warnings=(),
+        )
+        return cls(**{**vars(made), "warnings": tuple(made._doubts(caches))})
+
+    @property
+    def steps(self) -> int:
+        """Steps of the longest trajectory seen."""
+        return 1 + max((step for step, _ in self.counts), default=-1)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of all decisions that were not to compute; 0 where nothing was decided."""
+        total = sum(sum(counter.values()) for counter in self.counts.values())
+        computed = sum(counter[Action.COMPUTE] for counter in self.counts.values())
+        return 1 - computed / total if total else 0.0
+
+    def decisions(self) -> dict[str, Any]:
+        """The most frequent action at every step and site, as report pages draw it."""
+        table = [
+            [self.counts.get((step, site), Counter({0: 1})).most_common(1)[0][0] for site in range(len(self.sites))]
+            for step in range(self.steps)
+        ]
+        return {"sites": list(self.sites), "decisions": table, "names": list(NAMES)}
+
+    def _doubts(self, caches: Sequence[ModelCache]) -> list[str]:
+        if not self.counts:
+            return ["the network was not called since the cache was applied"]
+        found = []
+        if self.hit_rate == 0:
+            found.append("nothing was reused: the cache only costs; a larger interval, threshold or budget is needed")
+        if (
+            not any(counter[Action.COMPUTE] for (step, _), counter in self.counts.items() if step > 0)
+            and self.steps > 1
+        ):
+            found.append("everything after the first step was reused: the images hardly depend on the steps any more")
+        if self.steps <= FEW_STEPS:
+            found.append(f"{self.steps} steps leave little to reuse: caches gain little at {FEW_STEPS} steps or fewer")
+        schedulers = {type(getattr(cache.pipe, "scheduler", None)).__name__ for cache in caches}
+        if distilled := schedulers & set(DISTILLED):
+            found.append(
+                f"{distilled.pop()} drives a model distilled to few steps, whose features change too fast to reuse"
+            )
+        if self.forced:
+            found.append(f"{self.forced} reuses had to be computed, because nothing that fitted was kept")
+        return found
+
+    def __str__(self) -> str:
+        marks = ".#-~"
+        table = self.decisions()["decisions"]
+        width = max(map(len, self.sites), default=0)
+        rows = [f"{self.method}: {self.hit_rate:.0%} not computed, at most {self.held / 2**20:.1f} MiB held"]
+        rows += [f"  {site:<{width}} {''.join(marks[row[i]] for row in table)}" for i, site in enumerate(self.sites)]
+        rows += [f"  note: {warning}" for warning in self.warnings]
+        return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from fewstep.caching.heatmap import table_html
+
+        notes = "".join(f"<li>{escape(warning)}</li>" for warning in self.warnings)
+        head = f"<p>{self.hit_rate:.0%} not computed, at most {self.held / 2**20:.1f} MiB held</p>"
+        picture = table_html(self.decisions(), self.method) if self.counts else ""
+        return head + picture + (f"<ul>{notes}</ul>" if notes else "")

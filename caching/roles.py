@@ -1,0 +1,195 @@
+"""Roles: what a module of a site does when the site is computed, reused or skipped.
+
+A site is a part of the network with one value. One or several modules lie on its way, and each plays a role: the module
+whose output *is* the value, blocks that a residual leads past, modules that need not run because nothing reads them.
+Roles are values without state; what they remember is in the site's :class:`~fewstep.caching.store.Cell`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fewstep.caching.predictors import Predictor
+from fewstep.caching.store import Cell
+from fewstep.errors import FewstepError
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a role is told about the call it serves.
+
+    Attributes:
+        cell: the site's memory in the call's stream.
+        step: position on the trajectory.
+        keep: whether a computed value will be needed.
+        predictor: makes the value of a step at which the site is reused.
+    """
+
+    cell: Cell
+    step: int
+    keep: bool
+    predictor: Predictor
+
+    def predict(self) -> Any:
+        """The site's value now."""
+        return self.predictor.predict(self.cell, self.step)
+
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Role:
+    """Base of all roles; ``path`` is the module's, for messages and memory."""
+
+    path: str
+
+    def compute(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def skip(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        raise FewstepError(f"site {at.cell.site!r} can be computed or reused, not left out")
+
+    def sparse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        raise FewstepError(f"site {at.cell.site!r} has no cheaper form")
+
+
+@dataclass(frozen=True)
+class Output(Role):
+    """The module's output is (a part of) the site's value."""
+
+    several: bool = False
+    """Whether the site has more such modules: each then keeps its output under its own path."""
+
+    def compute(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = forward(*args, **kwargs)
+        if at.keep:
+            self._cell(at).keep(at.step, out)
+        return out
+
+    def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return at.predictor.predict(self._cell(at), at.step)
+
+    def skip(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """As if the branch that the module is added nothing: zeros like its first input."""
+        return torch.zeros_like(first_tensor(args, kwargs))
+
+    def _cell(self, at: Moment) -> Cell:
+        if not self.several:
+            return at.cell
+        return at.cell.part(self.path)
+
+
+@dataclass(frozen=True)
+class Ghost(Role):
+    """Nothing that is read depends on the module: it returns placeholders of the right shapes when it does not run.
+
+    Zeros of stride 0, so they cost no memory and what is done to them little.
+    """
+
+    def compute(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = forward(*args, **kwargs)
+        if at.keep:
+            at.cell.shapes[self.path] = tree_map(_shape_of, out)
+        return out
+
+    def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return tree_map(lambda s: s.placeholder() if isinstance(s, _Shape) else s, at.cell.shapes[self.path])
+
+
+class _Shape:
+    """Shape, dtype and device of a tensor that is not kept; a leaf of trees."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.shape, self.dtype, self.device = value.shape, value.dtype, value.device
+
+    def placeholder(self) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+def _shape_of(leaf: Any) -> Any:
+    return _Shape(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+@dataclass(frozen=True)
+class Streams:
+    """How a transformer block takes and returns its streams of tokens.
+
+    Attributes:
+        names: the arguments that carry them.
+        positions: where these stand among positional arguments.
+        returns: index of each in the returned tuple; () where the block returns the first stream alone, as a tensor.
+    """
+
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+    returns: tuple[int, ...]
+
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The streams that go in."""
+        return [
+            kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+            for name, position in zip(self.names, self.positions, strict=True)
+        ]
+
+    def unpack(self, out: Any) -> list[Any]:
+        """The streams in a block's output."""
+        return [out[i] for i in self.returns] if self.returns else [out]
+
+    def pack(self, streams: Sequence[Any]) -> Any:
+        """An output as the block would return it."""
+        if not self.returns:
+            return streams[0]
+        out = [None] * (max(self.returns) + 1)
+        for stream, index in zip(streams, self.returns, strict=True):
+            out[index] = stream
+        return tuple(out)
+
+
+@dataclass(frozen=True)
+class Block(Role):
+    """A block of a range a..b; the site's value is the residual of the whole range, F_{a..b}(x) - x, for every stream.
+
+    Reused, every block passes its input on, and the last one adds the residual to it. A stream that ends in the range
+    (the text of SD3's last block) has no residual: None is returned for it again.
+    """
+
+    streams: Streams
+    first: bool
+    last: bool
+
+    def compute(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self.first and at.keep:
+            at.cell.scratch["in"] = self.streams.read(args, kwargs)
+        out = forward(*args, **kwargs)
+        if self.last and at.keep:
+            begin, end = at.cell.scratch.pop("in"), self.streams.unpack(out)
+            at.cell.keep(at.step, [b - a if b is not None else None for a, b in zip(begin, end, strict=False)])
+        return out
+
+    def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        streams = self.streams.read(args, kwargs)
+        if self.last:
+            residual = at.predict()
+            streams = [x + r if r is not None else None for x, r in zip(streams, residual, strict=False)]
+        return self.streams.pack(streams)
+
+    def skip(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self.streams.pack(self.streams.read(args, kwargs))
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor among the arguments."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise FewstepError("a module of a site was called without any tensor")
