@@ -10,6 +10,8 @@ assert __name__.startswith("fewstep."), "import fewstep.caching instead"
 
 if TYPE_CHECKING:
     from fewstep.caching.actions import Action as Action
+    from fewstep.caching.calibration.budget import Budget as Budget
+    from fewstep.caching.calibration.calibrate import calibrate as calibrate
     from fewstep.caching.controller import Controller as Controller
     from fewstep.caching.controller import applied as applied
     from fewstep.caching.controller import apply_ as apply_
@@ -18,33 +20,58 @@ if TYPE_CHECKING:
     from fewstep.caching.controller import wrap as wrap
     from fewstep.caching.cost import PlanCost as PlanCost
     from fewstep.caching.method import Method as Method
+    from fewstep.caching.methods.broadcast import FasterCache as FasterCache
+    from fewstep.caching.methods.broadcast import PyramidBroadcast as PyramidBroadcast
     from fewstep.caching.methods.deep_cache import DeepCache as DeepCache
+    from fewstep.caching.methods.dp_cache import DPCache as DPCache
+    from fewstep.caching.methods.early_exit import EarlyExit as EarlyExit
     from fewstep.caching.methods.encoder_propagation import EncoderPropagation as EncoderPropagation
+    from fewstep.caching.methods.first_block import DBCache as DBCache
+    from fewstep.caching.methods.first_block import FirstBlockCache as FirstBlockCache
     from fewstep.caching.methods.interval import FORA as FORA
     from fewstep.caching.methods.interval import DeltaDiT as DeltaDiT
     from fewstep.caching.methods.interval import Interval as Interval
+    from fewstep.caching.methods.magcache import MagCache as MagCache
+    from fewstep.caching.methods.rehash import StepRehash as StepRehash
+    from fewstep.caching.methods.taylorseer import TaylorSeer as TaylorSeer
+    from fewstep.caching.methods.teacache import PolynomialFit as PolynomialFit
+    from fewstep.caching.methods.teacache import TeaCache as TeaCache
+    from fewstep.caching.methods.teacache import fit_polynomial as fit_polynomial
     from fewstep.caching.plan import CachePlan as CachePlan
     from fewstep.caching.predictors import Affine as Affine
     from fewstep.caching.predictors import Extrapolate as Extrapolate
     from fewstep.caching.predictors import Hold as Hold
     from fewstep.caching.predictors import Momentum as Momentum
+    from fewstep.caching.predictors import Scale as Scale
     from fewstep.caching.predictors import Taylor as Taylor
+    from fewstep.caching.profiling import profile as profile
     from fewstep.caching.report import CacheReport as CacheReport
 
 _MODULES = {
     "actions": ("Action",),
+    "calibration.budget": ("Budget",),
+    "calibration.calibrate": ("calibrate",),
     "controller": ("Controller", "applied", "apply_", "controller_of", "remove_", "wrap"),
     "cost": ("PlanCost",),
     "method": ("Method",),
+    "methods.broadcast": ("FasterCache", "PyramidBroadcast"),
     "methods.deep_cache": ("DeepCache",),
+    "methods.dp_cache": ("DPCache",),
+    "methods.early_exit": ("EarlyExit",),
     "methods.encoder_propagation": ("EncoderPropagation",),
+    "methods.first_block": ("DBCache", "FirstBlockCache"),
     "methods.interval": ("FORA", "DeltaDiT", "Interval"),
+    "methods.magcache": ("MagCache",),
+    "methods.rehash": ("StepRehash",),
+    "methods.taylorseer": ("TaylorSeer",),
+    "methods.teacache": ("PolynomialFit", "TeaCache", "fit_polynomial"),
     "plan": ("CachePlan",),
-    "predictors": ("Affine", "Extrapolate", "Hold", "Momentum", "Taylor"),
+    "predictors": ("Affine", "Extrapolate", "Hold", "Momentum", "Scale", "Taylor"),
+    "profiling": ("profile",),
     "report": ("CacheReport",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:

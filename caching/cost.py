@@ -83,13 +83,15 @@ def row_macs(
     """
     from fewstep.eval.costs.mac_count import flop_counter
 
-    arguments = on_meta(family_of(model).example() if inputs is None else dict(inputs))
-    probe = CachePlan(
-        plan.sites,
-        np.concatenate([np.full((1, len(plan.sites)), Action.COMPUTE), rows]),
-        plan.predictor,
-        plan.model,
+    family = family_of(model)
+    halves = any(family.site(name).halves for name in plan.sites)
+    arguments = on_meta(family.example(1 + halves) if inputs is None else dict(inputs))
+    full = np.full((1, len(plan.sites)), Action.COMPUTE)
+    # where a row runs half of the batch, the next one must not find what it kept
+    table = (
+        np.concatenate([np.concatenate([full, row[None]]) for row in rows]) if halves else np.concatenate([full, rows])
     )
+    probe = CachePlan(plan.sites, table, plan.predictor, plan.model)
     shadow = meta_copy(model)
     cache = ModelCache(shadow, [probe], probe.steps)
     counts = []
@@ -106,7 +108,7 @@ def row_macs(
         ) from error
     finally:
         cache.remove()
-    return counts
+    return counts[:1] + counts[1::2] if halves else counts
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -72,9 +72,20 @@ class Method:
 
     A static method overrides :meth:`table`; it becomes a :class:`CachePlan` as soon as the number of steps is known. An
     online one overrides :meth:`decider`.
+
+    Attributes:
+        online: whether it decides while it runs.
+        timed: whether it wants to know the run's timesteps, see :meth:`at_times`.
     """
 
     online: ClassVar[bool] = False
+    knob: ClassVar[str | None] = None
+    """The option that calibration turns: more of it is more reuse. A whole number is tried in turn, a float bisected."""
+    timed: ClassVar[bool] = False
+
+    def at_times(self, times: Sequence[float] | None) -> Method:
+        """The method for a run with these timesteps; only those that are ``timed`` differ."""
+        return self
 
     def sites(self, family: Family) -> list[str]:
         """Names of the sites that it works on.

@@ -19,12 +19,14 @@ from fewstep.caching.hooks import NAME, install, installed, uninstall
 from fewstep.caching.method import Decider, Entry, Method, Planned
 from fewstep.caching.plan import CachePlan
 from fewstep.caching.predictors import Predictor
-from fewstep.caching.roles import Moment, Role, first_tensor
+from fewstep.caching.roles import Fit, Moment, Role, Scene, first_tensor
+from fewstep.caching.rows import Rows
 from fewstep.caching.store import Cell
 from fewstep.caching.streams import Streams, layout
 from fewstep.errors import FewstepError, PlanError
 
 PROBE = "fewstep_cache_probe"
+AROUND = "fewstep_cache_around"
 
 
 class Layer:
@@ -43,21 +45,26 @@ class Layer:
             )
         self.sites = [family.site(name) for name in names]
         self.probes = {} if isinstance(method, CachePlan) else method.probes(family)
-        self._plans: dict[int, CachePlan] = {}
+        self._plans: dict[Any, CachePlan] = {}
 
     @property
-    def predictor(self) -> Predictor:
-        return self.method.predictor
+    def timed(self) -> bool:
+        """Whether the timesteps are asked for."""
+        return isinstance(self.method, Method) and self.method.timed
 
-    def decider(self, family: Family, steps: int | None) -> Decider:
+    def predictor(self, decider: Decider) -> Predictor:
+        """That of the plan, which may be the method's for a number of steps."""
+        return decider.plan.predictor if isinstance(decider, Planned) else self.method.predictor
+
+    def decider(self, family: Family, steps: int | None, times: tuple[float, ...] | None) -> Decider:
         """For one trajectory of one stream."""
         if isinstance(self.method, CachePlan):
             return Planned(self.method.compile(steps))
         if self.method.online or steps is None:
             return self.method.decider(family, steps)
-        if steps not in self._plans:
-            self._plans[steps] = self.method.compile(family, steps)
-        return Planned(self._plans[steps])
+        if (steps, times) not in self._plans:
+            self._plans[steps, times] = self.method.at_times(times).compile(family, steps)
+        return Planned(self._plans[steps, times])
 
 
 def _describe(method: Method | CachePlan) -> str:
@@ -69,8 +76,30 @@ class Stream:
     """What is kept for one stream of a trajectory."""
 
     deciders: list[Decider]
+    predictors: list[Predictor]
     cells: list[Cell]
     layout: Any
+    cut: dict[int, Cell] = field(default_factory=dict)
+
+    def cell(self, index: int, rows: Rows | None) -> Cell:
+        """The memory of a site for the samples that run. What part of the batch computed last is of no use to all of it."""
+        whole, cut = self.cells[index], self.cut.get(index)
+        newer = cut is not None and (-1 if cut.computed is None else cut.computed) > (
+            -1 if whole.computed is None else whole.computed
+        )
+        if rows is None:
+            if newer:
+                whole = self.cells[index] = Cell.empty(whole.site, whole.history.maxlen or 1)
+                del self.cut[index]
+            return whole
+        if cut is None or not newer:
+            cut = self.cut[index] = whole.mapped(rows.of)
+        return cut
+
+    def half(self, rows: Rows, layout: Any) -> Stream:
+        """The stream of a part of the batch, from now on alone."""
+        deciders = [d if isinstance(d, Planned) else copy.deepcopy(d) for d in self.deciders]
+        return Stream(deciders, self.predictors, [cell.mapped(rows.of) for cell in self.cells], layout)
 
 
 @dataclass
@@ -81,6 +110,8 @@ class Call:
     name: str
     step: int
     total: int | None
+    scene: Scene
+    forced: set[int] = field(default_factory=set)
     actions: dict[int, Action] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
 
@@ -110,6 +141,8 @@ class ModelCache:
         self._first = [self._owner.index(number) for number in range(len(self.layers))]
         self._check_disjoint()
         self.enabled = True
+        self.teacher: Fit | None = None  # in calibration: sees the true value of every reused site
+        self.observers: list[Callable[[Call, Any], None]] = []  # called with every call and its output
         self.log: Counter[tuple[int, int, int]] = Counter()
         self.forced = 0
         self.peak_bytes = 0
@@ -121,10 +154,15 @@ class ModelCache:
         self.call: Call | None = None
         self._clock, self._streams = Clock(), Streams()
         self._by_name: dict[str, Stream] = {}
+        self._shared: dict[str, Any] = {}
 
     def reset(self) -> None:
         """Forget everything kept; the next call starts a trajectory. The log stays."""
         self._start()
+
+    def streams(self) -> list[Stream]:
+        """What is kept now, for each stream of the trajectory."""
+        return list(self._by_name.values())
 
     def clear_log(self) -> None:
         """Forget what was done so far."""
@@ -135,23 +173,31 @@ class ModelCache:
         """A cache of the copied network that keeps nothing yet and belongs to the copied pipeline, if one is copied."""
         new = object.__new__(type(self))
         memo[id(self)] = new
-        state = {k: v for k, v in vars(self).items() if k not in ("pipe", "call", "_clock", "_streams", "_by_name")}
+        state = {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("pipe", "call", "_clock", "_streams", "_by_name", "_shared")
+        }
         vars(new).update({k: copy.deepcopy(v, memo) for k, v in state.items()}, pipe=memo.get(id(self.pipe)))
         new._start()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("pipe", "call", "_clock", "_streams", "_by_name")}
+        return {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("pipe", "call", "_clock", "_streams", "_by_name", "_shared")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, pipe=None)
         self._start()
 
     def _check_disjoint(self) -> None:
-        owner: dict[str, str] = {}
+        owner: dict[tuple[str, bool], str] = {}
         for site in self.sites:
             for role in site.roles:
-                if (other := owner.setdefault(role.path, site.name)) is not site.name:
+                if (other := owner.setdefault((role.path, role.wraps), site.name)) is not site.name:
                     raise FewstepError(
                         f"sites {other!r} and {site.name!r} share {role.path or 'the model'!r}; give disjoint ones"
                     )
@@ -166,11 +212,11 @@ class ModelCache:
                     hook = f"{PROBE}_{name}"
                     install(modules[path], ProbeHook(self, name, end), hook)
                     done.append((modules[path], hook))
-            for index, site in enumerate(self.sites):
-                for role in site.roles:
-                    if role.path:
-                        install(modules[role.path], SiteHook(self, index, role))
-                        done.append((modules[role.path], NAME))
+            for index, role in self._roles():
+                if role.path:
+                    hook = AROUND if role.wraps else NAME
+                    install(modules[role.path], SiteHook(self, index, role), hook)
+                    done.append((modules[role.path], hook))
             install(self.model, RootHook(self))
         except BaseException:
             for module, name in reversed(done):
@@ -180,15 +226,19 @@ class ModelCache:
     def remove(self) -> None:
         """Take all hooks away; the network is as it was."""
         modules = dict(self.model.named_modules())
-        for site in self.sites:
-            for role in site.roles:
-                if role.path:
-                    uninstall(modules[role.path])
+        for _, role in reversed(self._roles()):
+            if role.path:
+                uninstall(modules[role.path], AROUND if role.wraps else NAME)
         for layer in self.layers:
             for name, place in layer.probes.items():
                 uninstall(modules[place.rpartition(":")[0]], f"{PROBE}_{name}")
         uninstall(self.model)
         self._invalidate()
+
+    def _roles(self) -> list[tuple[int, Role]]:
+        """All roles with the index of their site; those that go around others last."""
+        roles = [(index, role) for index, site in enumerate(self.sites) for role in site.roles]
+        return sorted(roles, key=lambda pair: pair[1].wraps)
 
     def _invalidate(self) -> None:
         registry = vars(self.model).get("_diffusers_hook")
@@ -202,11 +252,10 @@ class ModelCache:
             return forward(*args, **kwargs)
         try:
             self.call = self._begin(context, self.family.arguments(args, kwargs))
-            for index, site in enumerate(self.sites):
-                for role in site.roles:
-                    if not role.path:  # a site that is the whole network's output
-                        return self.at_site(index, role, self.model, forward, args, kwargs)
-            return forward(*args, **kwargs)
+            out = self._run(forward, args, kwargs)
+            for observer in self.observers:
+                observer(self.call, out)
+            return out
         except BaseException:
             self.reset()  # half of a call's features must not be reused
             raise
@@ -214,9 +263,19 @@ class ModelCache:
             self._count()
             self.call = None
 
+    def _run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        for index, role in self._roles():
+            if not role.path:  # a site that is the whole network's output
+                forward = self._around(index, role, forward)
+        return forward(*args, **kwargs)
+
+    def _around(self, index: int, role: Role, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.at_site(index, role, self.model, forward, args, kwargs)
+
     def _begin(self, context: Any, arguments: Mapping[str, Any]) -> Call:
         name = context if isinstance(context, str) else getattr(context, "name", None)
-        name = name or self._streams.name(self.family.conditioning(arguments))
+        conditioning = self.family.conditioning(arguments)
+        name = name or self._streams.name(conditioning)
         index = getattr(context, "step_index", None)
         scheduler = getattr(self.pipe, "scheduler", None)
         total = self.steps
@@ -226,22 +285,30 @@ class ModelCache:
             index = _step_index(scheduler) if index is None else index
         tick = self._clock.tick(name, arguments.get("timestep"), index, total)
         if tick.fresh:
-            self._by_name = {}
+            self._by_name, self._shared = {}, {}
         total = self.steps or tick.total
         kind = layout([self.family.sample(arguments)])
         stream = self._by_name.get(name)
-        if stream is None:
-            stream = self._by_name[name] = Stream(
-                [layer.decider(self.family, total) for layer in self.layers], self._cells(), kind
-            )
+        if stream is None and (part := self._streams.part(conditioning)) and part[0] in self._by_name:
+            stream = self._by_name[name] = self._by_name[part[0]].half(part[1], kind)  # guidance was ended
+        elif stream is None:
+            deciders = [layer.decider(self.family, total, self._times(total)) for layer in self.layers]
+            predictors = [layer.predictor(decider) for layer, decider in zip(self.layers, deciders, strict=True)]
+            stream = self._by_name[name] = Stream(deciders, predictors, self._cells(predictors), kind)
         elif stream.layout != kind:  # another batch or size: nothing that is kept fits
-            stream.cells, stream.layout = self._cells(), kind
-        return Call(stream, name, tick.step, total)
+            stream.cells, stream.layout, stream.cut = self._cells(stream.predictors), kind, {}
+        return Call(stream, name, tick.step, total, Scene(name, self.family.sample(arguments), None, self._shared))
 
-    def _cells(self) -> list[Cell]:
+    def _times(self, total: int | None) -> tuple[float, ...] | None:
+        """The scheduler's timesteps on the host, where they are the trajectory's and a method asks for them."""
+        if not any(layer.timed for layer in self.layers):
+            return None
+        times = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        return tuple(map(float, times.tolist())) if isinstance(times, Tensor) and len(times) == total else None
+
+    def _cells(self, predictors: Sequence[Predictor]) -> list[Cell]:
         return [
-            Cell.empty(site.name, self.layers[owner].predictor.depth)
-            for site, owner in zip(self.sites, self._owner, strict=True)
+            Cell.empty(site.name, predictors[owner].depth) for site, owner in zip(self.sites, self._owner, strict=True)
         ]
 
     def at_site(
@@ -253,13 +320,16 @@ class ModelCache:
             return forward(*args, **kwargs)
         owner = self._owner[index]
         action = call.actions.get(index)
-        cell = call.stream.cells[index]
+        cell = call.stream.cell(index, None if role.wraps else call.scene.rows)
         keep = call.stream.deciders[owner].keeps(call.step, index - self._first[owner])
         if action is None:
             action = self._decide(call, index, cell, keep, module, args, kwargs)
-        at = Moment(cell, call.step, keep, self.layers[owner].predictor)
+        keep = keep or index in call.forced
+        at = Moment(cell, call.step, keep, call.stream.predictors[owner], call.scene)
         if action is Action.COMPUTE:
             return role.compute(at, forward, args, kwargs)
+        if action is Action.REUSE and self.teacher is not None:
+            return role.teach(at, forward, args, kwargs, self.teacher)
         if action is Action.REUSE:
             return role.reuse(at, forward, args, kwargs)
         return (role.skip if action is Action.SKIP else role.sparse)(at, forward, args, kwargs)
@@ -269,9 +339,10 @@ class ModelCache:
         local = index - self._first[owner]
         entry = Entry(call.step, call.total, local, module, args, kwargs, call.probes, cell.computed)
         action = call.stream.deciders[owner](entry)
-        if action in (Action.REUSE, Action.SPARSE) and cell.computed is None:
+        if action in self.sites[index].roles[0].reads and cell.computed is None:
             action, self.forced = Action.COMPUTE, self.forced + 1
-        if action is Action.COMPUTE and keep:
+            call.forced.add(index)  # kept, so that the next reuse is none of these
+        if action is Action.COMPUTE and (keep or index in call.forced):
             cell.computed = call.step
         call.actions[index] = action
         return action
@@ -281,7 +352,7 @@ class ModelCache:
             return
         for index, action in self.call.actions.items():
             self.log[self.call.step, index, int(action)] += 1
-        held = sum(cell.nbytes for stream in self._by_name.values() for cell in stream.cells)
+        held = sum(c.nbytes for s in self._by_name.values() for c in (*s.cells, *s.cut.values()))
         self.peak_bytes = max(self.peak_bytes, held)
 
 

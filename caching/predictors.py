@@ -6,6 +6,7 @@ float64 numbers on the host: sum_j w_j F(s_j), newest first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.caching.store import Cell
+from fewstep.caching.store import Cell, Value
 from fewstep.errors import FewstepError, unknown
 
 KINDS: dict[str, type[Predictor]] = {}
@@ -194,15 +195,35 @@ class Momentum(Predictor):
 
 
 @dataclass(frozen=True)
-class Affine(Predictor):
-    """The last value, scaled and shifted per channel by what calibration found for the step: a F + b.
-
-    CacheQuant's decoupled error correction (arXiv 2503.01323) and, on a model's output, ERTACache's rectification
-    (arXiv 2508.21091).
+class Scale(Predictor):
+    """The last value times the growth that is expected since: F(s_0) prod_{i = s_0 + 1}^{s} gamma_i.
 
     Attributes:
-        scale: by site the factors, (steps, channels of all leaves one after the other).
-        shift: by site the summands, likewise.
+        ratios: gamma of every step, the expected magnitude of its value over that of the step before; see
+            :class:`~fewstep.caching.MagCache`.
+    """
+
+    ratios: tuple[float, ...] = ()
+    kind: ClassVar[str] = "scale"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", tuple(map(float, self.ratios)))
+
+    def weights(self, past: Sequence[int], step: int) -> list[float]:
+        return [math.prod(self.ratios[past[0] + 1 : step + 1])]
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Predictor):
+    """Past values, scaled and shifted per channel by what calibration found for the step: sum_j a_j F(s_j) + b.
+
+    With one value CacheQuant's decoupled error correction (arXiv 2503.01323) and, on a model's output, ERTACache's
+    rectification (arXiv 2508.21091); with two it has every linear extrapolation as a special case.
+
+    Attributes:
+        scale: by site the factors, (steps, values newest first, channels of all leaves one after the other). A number for
+            all channels may stand for them (last dimension 1).
+        shift: by site the summands, (steps, channels) likewise.
     """
 
     scale: Mapping[str, Tensor] = field(default_factory=dict)
@@ -216,26 +237,44 @@ class Affine(Predictor):
     def __post_init__(self) -> None:
         if set(self.scale) != set(self.shift):
             raise FewstepError("an affine predictor has a scale and a shift for each of its sites")
+        for site, scale in self.scale.items():
+            shift = self.shift[site]
+            if scale.ndim != 3 or shift.shape != (scale.shape[0], scale.shape[2]):
+                raise FewstepError(
+                    f"affine tables of site {site!r} have shapes {tuple(scale.shape)} and {tuple(shift.shape)}; "
+                    "(steps, values, channels) and (steps, channels) are needed"
+                )
         object.__setattr__(self, "_ready", {})
 
-    def predict(self, cell: Cell, step: int) -> Any:
-        value = cell.history[0]
-        value.check(cell.site)
-        if cell.site not in self.scale or step >= len(self.scale[cell.site]):
-            return value.tree()
-        return value.tree([self._correct(cell.site, step, i, value.leaves) for i in range(len(value.leaves))])
+    @property
+    def depth(self) -> int:
+        return max((scale.shape[1] for scale in self.scale.values()), default=1)
 
-    def _correct(self, site: str, step: int, index: int, leaves: Sequence[Any]) -> Any:
-        leaf = leaves[index]
+    def predict(self, cell: Cell, step: int) -> Any:
+        newest = cell.history[0]
+        if cell.site not in self.scale or step >= len(self.scale[cell.site]):
+            newest.check(cell.site)
+            return newest.tree()
+        values = list(cell.history)[: self.scale[cell.site].shape[1]]
+        for value in values:
+            value.check(cell.site)
+        return newest.tree([self._correct(cell.site, step, i, values) for i in range(len(newest.leaves))])
+
+    def _correct(self, site: str, step: int, index: int, values: Sequence[Value]) -> Any:
+        leaf = values[0].leaves[index]
         if not isinstance(leaf, Tensor):
             return leaf
-        axis = channel_axis(leaf)
-        begin = sum(other.shape[channel_axis(other)] for other in leaves[:index] if isinstance(other, Tensor))
         scale, shift = self._on(site, leaf)
+        channels = slice(None)
+        if scale.shape[2] > 1:
+            before = [x.shape[channel_axis(x)] for x in values[0].leaves[:index] if isinstance(x, Tensor)]
+            channels = slice(sum(before), sum(before) + leaf.shape[channel_axis(leaf)])
         view = [1] * leaf.ndim
-        view[axis] = leaf.shape[axis]
-        end = begin + leaf.shape[axis]
-        return torch.addcmul(shift[step, begin:end].view(view), leaf, scale[step, begin:end].view(view))
+        view[channel_axis(leaf)] = -1
+        total = shift[step, channels].view(view)
+        for j, value in enumerate(values):
+            total = torch.addcmul(total, value.leaves[index], scale[step, j, channels].view(view))
+        return total
 
     def _on(self, site: str, leaf: Tensor) -> tuple[Tensor, Tensor]:
         """The tables on the leaf's device in its dtype, moved once."""

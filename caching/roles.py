@@ -8,16 +8,35 @@ Roles are values without state; what they remember is in the site's :class:`~few
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fewstep.caching.actions import Action
 from fewstep.caching.predictors import Predictor
+from fewstep.caching.rows import Rows
 from fewstep.caching.store import Cell
 from fewstep.errors import FewstepError
+
+
+@dataclass
+class Scene:
+    """What holds for a whole call of the network.
+
+    Attributes:
+        stream: name of the stream that calls.
+        sample: the noisy sample that the network was called with.
+        rows: the samples that run now, where these are not all of the batch.
+        shared: what the streams of a trajectory tell each other.
+    """
+
+    stream: str = ""
+    sample: Any = None
+    rows: Rows | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -29,12 +48,14 @@ class Moment:
         step: position on the trajectory.
         keep: whether a computed value will be needed.
         predictor: makes the value of a step at which the site is reused.
+        scene: the call.
     """
 
     cell: Cell
     step: int
     keep: bool
     predictor: Predictor
+    scene: Scene = field(default_factory=Scene)
 
     def predict(self) -> Any:
         """The site's value now."""
@@ -42,18 +63,31 @@ class Moment:
 
 
 Forward = Callable[..., Any]
+Fit = Callable[[Cell, int, Any], Any]
+"""``fit(cell, step, true value)`` returns the prediction that stands for it."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """Base of all roles; ``path`` is the module's, for messages and memory."""
+    """Base of all roles; ``path`` is the module's, for messages and memory.
+
+    Attributes:
+        wraps: whether it goes around another role of the same module.
+        reads: the actions that need a value computed before.
+    """
 
     path: str
+    wraps: ClassVar[bool] = False
+    reads: ClassVar[tuple[Action, ...]] = (Action.REUSE, Action.SPARSE)
 
     def compute(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         raise NotImplementedError
 
     def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def teach(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], fit: Fit) -> Any:
+        """Compute the true value, show it to ``fit``, and go on with the predicted one: how predictors are calibrated."""
         raise NotImplementedError
 
     def skip(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -78,6 +112,9 @@ class Output(Role):
 
     def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return at.predictor.predict(self._cell(at), at.step)
+
+    def teach(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], fit: Fit) -> Any:
+        return fit(self._cell(at), at.step, forward(*args, **kwargs))
 
     def skip(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """As if the branch that the module is added nothing: zeros like its first input."""
@@ -105,6 +142,9 @@ class Ghost(Role):
     def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return tree_map(lambda s: s.placeholder() if isinstance(s, _Shape) else s, at.cell.shapes[self.path])
 
+    def teach(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], fit: Fit) -> Any:
+        return forward(*args, **kwargs)  # the true value depends on it
+
 
 class _Shape:
     """Shape, dtype and device of a tensor that is not kept; a leaf of trees."""
@@ -114,6 +154,9 @@ class _Shape:
 
     def placeholder(self) -> Tensor:
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+    def mapped(self, change: Callable[[Any], Any]) -> _Shape:
+        return _Shape(change(self.placeholder()))
 
 
 def _shape_of(leaf: Any) -> Any:
@@ -168,13 +211,33 @@ class Block(Role):
     last: bool
 
     def compute(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if self.first and at.keep:
-            at.cell.scratch["in"] = self.streams.read(args, kwargs)
+        if not at.keep:
+            return forward(*args, **kwargs)
+        self._enter(at, self.streams.read(args, kwargs))
         out = forward(*args, **kwargs)
-        if self.last and at.keep:
-            begin, end = at.cell.scratch.pop("in"), self.streams.unpack(out)
-            at.cell.keep(at.step, [b - a if b is not None else None for a, b in zip(begin, end, strict=False)])
+        if (residual := self._leave(at, self.streams.unpack(out))) is not None:
+            at.cell.keep(at.step, residual)
         return out
+
+    def _enter(self, at: Moment, streams: list[Any]) -> None:
+        """Remember where the range began, moved by what the model itself adds between its blocks (ControlNets do)."""
+        scratch = at.cell.scratch
+        if self.first:
+            scratch["begin"] = streams
+        elif "begin" in scratch:
+            scratch["begin"] = [
+                a if new is old or old is None else a + (new - old)
+                for a, old, new in zip(scratch["begin"], scratch["end"], streams, strict=False)
+            ]
+
+    def _leave(self, at: Moment, streams: list[Any]) -> list[Any] | None:
+        """The range's residual where it ends here, else None."""
+        scratch = at.cell.scratch
+        scratch["end"] = streams
+        if not self.last:
+            return None
+        begin, end = scratch.pop("begin"), scratch.pop("end")
+        return [b - a if b is not None else None for a, b in zip(begin, end, strict=False)]
 
     def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         streams = self.streams.read(args, kwargs)
@@ -183,13 +246,24 @@ class Block(Role):
             streams = [x + r if r is not None else None for x, r in zip(streams, residual, strict=False)]
         return self.streams.pack(streams)
 
+    def teach(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], fit: Fit) -> Any:
+        self._enter(at, self.streams.read(args, kwargs))
+        out = forward(*args, **kwargs)
+        end = self.streams.unpack(out)
+        true = self._leave(at, end)
+        if true is None:
+            return out
+        predicted = fit(at.cell, at.step, true)
+        moved = [x + (p - t) if t is not None else None for x, p, t in zip(end, predicted, true, strict=False)]
+        return self.streams.pack(moved)
+
     def skip(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return self.streams.pack(self.streams.read(args, kwargs))
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first tensor among the arguments."""
-    for value in (*args, *kwargs.values()):
+    """The first tensor among the arguments; the hidden states where they are named."""
+    for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
         if isinstance(value, Tensor):
             return value
     raise FewstepError("a module of a site was called without any tensor")

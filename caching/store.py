@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from fewstep.errors import FewstepError
 
@@ -35,6 +36,10 @@ class Value:
         for leaf, version in zip(self.leaves, self.versions, strict=True):
             if version is not None and leaf._version != version:
                 raise FewstepError(f"the model writes in place into the value of site {site!r}, so it cannot be reused")
+
+    def mapped(self, change: Callable[[Any], Any]) -> Value:
+        """See :meth:`Cell.mapped`."""
+        return Value.of(self.step, self.tree([change(leaf) for leaf in self.leaves]))
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +86,19 @@ class Cell:
         if path not in self.parts:
             self.parts[path] = Cell.empty(f"{self.site}:{path}", self.history.maxlen or 1)
         return self.parts[path]
+
+    def mapped(self, change: Callable[[Any], Any]) -> Cell:
+        """A cell that holds what ``change`` makes of every tensor: some rows of it, or it several times."""
+        return Cell(
+            self.site,
+            deque((value.mapped(change) for value in self.history), maxlen=self.history.maxlen),
+            self.computed,
+            {
+                path: tree_map(lambda s: s.mapped(change) if hasattr(s, "mapped") else s, t)
+                for path, t in self.shapes.items()
+            },
+            {path: part.mapped(change) for path, part in self.parts.items()},
+        )
 
     @property
     def nbytes(self) -> int:

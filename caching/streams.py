@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.caching.rows import Rows
+
 Signature = tuple[Tensor, ...]
 
 
@@ -38,6 +40,25 @@ class Streams:
         name = f"stream {len(self._known)}"
         self._known.append((name, conditioning))
         return name
+
+    def part(self, conditioning: Signature) -> tuple[str, Rows] | None:
+        """A known stream, and the half of its batch that this conditioning is: what is left where guidance was ended."""
+        for name, known in self._known:
+            for last in (True, False):
+                rows = _half(known, conditioning, last)
+                if rows and _equal(tuple(rows.of(x) for x in known), conditioning):
+                    return name, rows
+        return None
+
+
+def _half(known: Signature, conditioning: Signature, last: bool) -> Rows | None:
+    if not known or len(known) != len(conditioning):
+        return None
+    batch = known[0].shape[0] if known[0].ndim else 0
+    sizes = {x.shape[0] if x.ndim else 0 for x in known}, {x.shape[0] if x.ndim else 0 for x in conditioning}
+    if not batch or sizes != ({batch}, {batch // 2}) or batch % 2:
+        return None
+    return Rows(batch // 2, batch, batch) if last else Rows(0, batch // 2, batch)
 
 
 def layout(tensors: Sequence[Any]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fewstep.caching.forms import special_role
 from fewstep.caching.roles import Output, Role
 from fewstep.errors import FewstepError, unknown
 
@@ -32,6 +33,11 @@ class Site:
 
     name: str
     roles: tuple[Role, ...]
+
+    @property
+    def halves(self) -> bool:
+        """Whether it needs guidance in one call, every sample twice."""
+        return any(role.wraps for role in self.roles)
 
 
 class Family:
@@ -59,6 +65,8 @@ class Family:
         """
         if name == OUTPUT:
             return Site(name, (Output(""),))
+        if role := special_role(self, name):
+            return Site(name, (role,))
         if made := self.composite(name):
             return made
         if name and name in dict(self.model.named_modules()):
@@ -69,9 +77,14 @@ class Family:
         """A site that several modules make up, or None."""
         return None
 
+    @property
+    def conditional_first(self) -> bool:
+        """Whether pipelines put the conditional half of a guided batch first. DiTPipeline alone does."""
+        return self.name == "DiTTransformer2DModel"
+
     def offered(self) -> list[str]:
         """Names of sites, for messages."""
-        return [OUTPUT]
+        return [OUTPUT, "uncond"]
 
     def branches(self, kind: str) -> list[str]:
         """Sites that a residual connection leads past: ``kind`` is ``attention``, ``cross_attention`` or ``feed_forward``."""

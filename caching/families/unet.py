@@ -37,7 +37,7 @@ class UNetFamily(Family):
     def branches(self, kind: str) -> list[str]:
         ends = {
             "attention": ("attn1",), "cross_attention": ("attn2",), "feed_forward": ("ff",), "any": ("attn1", "attn2", "ff"),
-        }[kind]  # fmt: skip
+        }.get(kind, ())  # fmt: skip
         return [name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in ends]
 
     @property

@@ -30,6 +30,7 @@ class DeepCache(Method):
         power: how dense, more than 1.
     """
 
+    knob = "interval"
     interval: int = 3
     branch: int = 0
     center: float | None = None

@@ -34,6 +34,7 @@ class EncoderPropagation(Method):
             the key steps themselves (0 is added).
     """
 
+    knob = "keys"
     keys: str | int | tuple[int, ...] = "50ls"
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class Interval(Method):
         predict: what stands for a value that is not computed.
     """
 
+    knob = "interval"
     interval: int = 2
     at: tuple[str, ...] = ("output",)
     warmup: int = 1
@@ -62,6 +63,7 @@ class FORA(Method):
     FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, arXiv 2407.01425.
     """
 
+    knob = "interval"
     interval: int = 3
 
     def __post_init__(self) -> None:
@@ -103,6 +105,7 @@ class DeltaDiT(Method):
         boundary: share of the steps that count as early.
     """
 
+    knob = "interval"
     interval: int = 2
     blocks: int | None = None
     boundary: float = 0.5

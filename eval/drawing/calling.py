@@ -69,7 +69,25 @@ def ask(
     guidance: float,
     call: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """One image for every generator, float (n, C, H, W) in [0, 1].
+    """One image for every generator, float (n, C, H, W) in [0, 1]; arguments as of :func:`request`.
+
+    Raises:
+        FewstepError: as :func:`request` does, and for what is no batch of pictures.
+    """
+    arguments = request(pipe, prompts, generators, steps=steps, guidance=guidance, call=call)
+    return _pictures(pipe(**arguments), type(pipe).__name__)
+
+
+def request(
+    pipe: Any,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int,
+    guidance: float,
+    call: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The arguments with which a pipeline is asked for one image a generator.
 
     Args:
         pipe: a diffusers pipeline.
@@ -80,8 +98,8 @@ def ask(
         call: further arguments, over what :func:`call_defaults` and this function choose.
 
     Raises:
-        FewstepError: for a pipeline that cannot be asked, a label that it does not know, an argument that it lacks or
-            does not take, or what is no batch of pictures.
+        FewstepError: for a pipeline that cannot be asked, a label that it does not know, or an argument that it lacks or
+            does not take.
     """
     kind = family(type(pipe))
     arguments: dict[str, Any] = {
@@ -100,7 +118,7 @@ def ask(
         arguments["guidance_scale"] = guidance
     arguments |= call or {}
     _check(type(pipe), arguments)
-    return _pictures(pipe(**arguments), type(pipe).__name__)
+    return arguments
 
 
 def _parameters(pipeline_class: type[Any]) -> Mapping[str, inspect.Parameter]:

@@ -1,0 +1,88 @@
+"""Turn the one knob of a method until a budget is kept: an interval, or a threshold that is then profiled into a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from fewstep.caching.calibration.budget import Budget
+from fewstep.caching.calibration.quality import Quality, measure
+from fewstep.caching.calibration.runs import Runs
+from fewstep.caching.families import family_of
+from fewstep.caching.method import Method
+from fewstep.caching.plan import CachePlan
+from fewstep.errors import FewstepError
+
+HALVINGS = 10
+"""Bisections of a threshold: its last digit then matters less than the prompts."""
+
+
+def turn(method: Method, budget: Budget, test: Runs, tick: Callable[[str], None]) -> tuple[CachePlan, Quality]:
+    """The plan of the method with its knob as far open as the budget allows, and its held-out quality.
+
+    With a bound on the MACs that is the least reuse which keeps it, with a bound on quality the most.
+
+    Raises:
+        FewstepError: for a method without a knob, or a budget that it cannot keep.
+    """
+    from fewstep.eval.costs.calls import denoisers
+
+    model = denoisers(test.pipe)[0]
+    family = family_of(model)
+    uncached = test.latents()
+    tick("uncached runs")
+
+    def made(value: Any) -> tuple[CachePlan, Quality]:
+        turned = replace(method, **{_knob(method): value})
+        if turned.online:
+            from fewstep.caching.profiling import profiled
+
+            plan = profiled(test, turned)
+        else:
+            plan = turned.compile(family, test.steps)
+        quality = measure(plan, test, uncached, plan.cost(model).share, budget.name)
+        tick(f"{_knob(method)} {value:g}")
+        return plan, quality
+
+    tried = list(_search(method, budget, test.steps, made))
+    kept = [found for found in tried if budget.met(found[1].values(budget.name))]
+    if not kept:
+        least = min(found[1].macs_share for found in tried)
+        raise FewstepError(
+            f"{type(method).__name__} cannot keep {budget.name} {budget.value:g} in {test.steps} steps; the least that it "
+            f"takes is {least:.1%} of the MACs"
+        )
+    return min(kept, key=lambda f: f[1].latent_rms if budget.name == "macs" else f[1].macs_share)
+
+
+def _search(
+    method: Method, budget: Budget, steps: int, made: Callable[[Any], tuple[CachePlan, Quality]]
+) -> Iterator[tuple[CachePlan, Quality]]:
+    if isinstance(getattr(method, _knob(method)), float):
+        yield from _bisected(budget, made)
+        return
+    for value in range(1, steps + 1):
+        found = made(value)
+        yield found
+        if budget.met(found[1].values(budget.name)) == (budget.name == "macs"):
+            return  # the first that keeps a bound on the work, or no longer keeps one on quality
+
+
+def _bisected(budget: Budget, made: Callable[[Any], tuple[CachePlan, Quality]]) -> Iterator[tuple[CachePlan, Quality]]:
+    """Thresholds by halving their logarithm; more threshold is more reuse."""
+    low, high = 1e-4, 10.0
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        found = made(middle)
+        yield found
+        if budget.met(found[1].values(budget.name)) == (budget.name == "macs"):
+            high = middle  # enough reuse, or already too much error
+        else:
+            low = middle
+
+
+def _knob(method: Method) -> str:
+    if method.knob is None:
+        raise FewstepError(f"{type(method).__name__} has no knob to calibrate; DPCache is calibrated to any budget")
+    return method.knob
