@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fewstep.caching.controller import remove_ as remove_
     from fewstep.caching.controller import wrap as wrap
     from fewstep.caching.cost import PlanCost as PlanCost
+    from fewstep.caching.families import family_of as family_of
     from fewstep.caching.method import Method as Method
     from fewstep.caching.methods.broadcast import FasterCache as FasterCache
     from fewstep.caching.methods.broadcast import PyramidBroadcast as PyramidBroadcast
@@ -53,6 +54,7 @@ _MODULES = {
     "calibration.calibrate": ("calibrate",),
     "controller": ("Controller", "applied", "apply_", "controller_of", "remove_", "wrap"),
     "cost": ("PlanCost",),
+    "families": ("family_of",),
     "method": ("Method",),
     "methods.broadcast": ("FasterCache", "PyramidBroadcast"),
     "methods.deep_cache": ("DeepCache",),

@@ -115,7 +115,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """The network on the meta device: shapes without numbers. The original's hooks and weights are left alone."""
     if hasattr(type(model), "from_config") and hasattr(model, "config"):
         with torch.device("meta"):
-            made: nn.Module = type(model).from_config(model.config)
+            made: nn.Module = type(model).from_config(model.config)  # type: ignore[attr-defined]
         # nn.Module's own: that of ModelMixin warns about modules kept in float32
         return nn.Module.to(made, next(model.parameters()).dtype).eval()
     tensors = (*model.parameters(), *model.buffers())

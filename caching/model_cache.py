@@ -365,7 +365,7 @@ def _step_index(scheduler: Any) -> int | None:
     return index if isinstance(index, int) else None
 
 
-class RootHook(ModelHook):  # type: ignore[misc]
+class RootHook(ModelHook):
     """Around the network: opens and closes a call. Pipelines' cache contexts reach it through ``context``."""
 
     _is_stateful = True
@@ -388,7 +388,7 @@ class RootHook(ModelHook):  # type: ignore[misc]
         return module
 
 
-class SiteHook(ModelHook):  # type: ignore[misc]
+class SiteHook(ModelHook):
     """Around a module of a site."""
 
     def __init__(self, cache: ModelCache, index: int, role: Role) -> None:
@@ -403,7 +403,7 @@ class SiteHook(ModelHook):  # type: ignore[misc]
         return self.cache.at_site(self.index, self.role, module, forward, args, kwargs)
 
 
-class ProbeHook(ModelHook):  # type: ignore[misc]
+class ProbeHook(ModelHook):
     """Records what goes into a module, or comes out of it, for online decisions."""
 
     def __init__(self, cache: ModelCache, name: str, end: str) -> None:

@@ -88,14 +88,17 @@ class CachePlan:
         """(steps, sites): whether a value computed there is read later."""
         kept = np.zeros(self.actions.shape, dtype=bool)
         for column in range(len(self.sites)):
-            wanted = 0
+            wanted, reused = 0, False
             for step in range(self.steps - 1, -1, -1):
                 action = self.actions[step, column]
                 if action == Action.COMPUTE:
                     kept[step, column] = wanted > 0
-                    wanted -= 1
-                elif action in (Action.REUSE, Action.SPARSE):
+                    wanted, reused = wanted - 1, False
+                elif action == Action.REUSE:
+                    wanted, reused = self.predictor.depth, True
+                elif action == Action.SPARSE:
                     wanted = self.predictor.depth
+                    kept[step, column] = reused
         return kept
 
     @cached_property

@@ -80,6 +80,8 @@ def from_spec(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Predict
     Raises:
         FewstepError: for an unknown kind or option.
     """
+    import fewstep.caching.spectral  # noqa: F401  (its kinds)
+
     options = dict(spec)
     kind = str(options.pop("kind", "hold"))
     if kind not in KINDS:

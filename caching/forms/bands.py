@@ -22,7 +22,7 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = N
         scale: of the scores; 1 / sqrt(D) where left out.
 
     Returns:
-        the output (B, heads, N, D) in v's dtype, and the log-sum-exp of the scores in the band, (B, heads, N) float32.
+        the output (B, heads, N, D) in v's dtype, and the log-sum-exp of the scores in the band, (B, heads, N) in float32 or better.
     """
     count, scale = q.shape[2], 1 / math.sqrt(q.shape[3]) if scale is None else scale
     window = min(window, count - 1)
@@ -33,7 +33,7 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = N
     kb, vb = (
         torch.nn.functional.pad(t, (0, 0, window, window + pad)).unfold(2, block + 2 * window, block) for t in (k, v)
     )  # (B, heads, blocks, D, keys)
-    scores = (qb @ kb).float() * scale
+    scores = _wide(qb @ kb) * scale
     # key number m of block b is at position b * block - window + m, query number n at b * block + n
     offset = torch.arange(block + 2 * window, device=q.device) - window
     near = (offset - torch.arange(block, device=q.device)[:, None]).abs() <= window
@@ -46,6 +46,10 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = N
 
 
 def full_logsumexp(q: Tensor, k: Tensor, scale: float | None = None, block: int = 1024) -> Tensor:
-    """log-sum-exp of all scores, (B, heads, N) float32, in blocks of queries so that memory stays linear."""
+    """log-sum-exp of all scores, (B, heads, N) in float32 or better, in blocks of queries so that memory stays linear."""
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    return torch.cat([((part @ k.mT).float() * scale).logsumexp(-1) for part in q.split(block, 2)], 2)
+    return torch.cat([(_wide(part @ k.mT) * scale).logsumexp(-1) for part in q.split(block, 2)], 2)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -111,7 +111,7 @@ def matching(x: Tensor, height: int, width: int, ratio: float, seed: int) -> Mer
     r = min(sources, int(count * ratio))
     unit = torch.nn.functional.normalize(x.float(), dim=-1)[:, positions]
     similarity, nearest = (unit[:, :sources] @ unit[:, sources:].mT).max(-1)
-    ranked = similarity.argsort(-1, descending=True, stable=True)
+    ranked = similarity.argsort(dim=-1, descending=True, stable=True)
     order = torch.cat([positions[ranked], positions[sources:].expand(batch, -1)], 1)
     into = nearest.gather(1, ranked[:, :r]) + (sources - r)
     return Merging(order, into)

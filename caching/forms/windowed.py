@@ -36,11 +36,13 @@ class Windowed(Role):
         rescale: whether rho is used (1) or not (0).
         drift: added to rho at every sparse step after the first, which grows as attention gets more local; rho is held
             at most 1 (the authors' code does not).
+        outputs: whether the module's output is kept too (1), to be reused.
     """
 
     window: int = 128
     rescale: int = 0
     drift: float = 0.0
+    outputs: int = 1
 
     def __post_init__(self) -> None:
         if self.window < 0:
@@ -50,10 +52,12 @@ class Windowed(Role):
         if not at.keep:
             return forward(*args, **kwargs)
         out = self._attend(self._full(at), forward, args, kwargs)
-        at.cell.part("output").keep(at.step, out)
+        self._keep(at, out)
         return out
 
     def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if not self.outputs:
+            raise FewstepError(f"site {at.cell.site!r} keeps no outputs to reuse; give outputs=1")
         return at.predictor.predict(at.cell.part("output"), at.step)
 
     def teach(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], fit: Fit) -> Any:
@@ -62,8 +66,12 @@ class Windowed(Role):
     def sparse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         out = self._attend(self._sparse(at), forward, args, kwargs)
         if at.keep:
-            at.cell.part("output").keep(at.step, out)
+            self._keep(at, out)
         return out
+
+    def _keep(self, at: Moment, out: Any) -> None:
+        if self.outputs:
+            at.cell.part("output").keep(at.step, out)
 
     def _full(self, at: Moment) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

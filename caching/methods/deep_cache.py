@@ -65,8 +65,8 @@ def non_uniform(steps: int, interval: int, center: float, power: float) -> set[i
     """
     count = -(-steps // interval)
     while power >= 1:
-        bounds = [np.sign(v) * abs(v) ** (1 / power) for v in (-center, steps - center)]
-        line = np.linspace(*bounds, count + 1)
+        first, last = (float(np.sign(v)) * abs(v) ** (1 / power) for v in (-center, steps - center))
+        line = np.linspace(first, last, count + 1)
         x = np.sign(line) * np.abs(line) ** power + center
         found = {int(v) for v in np.round(x[:-1]) if 0 <= v < steps}
         if len(found) == count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class EarlyExit(TimedMethod):
         ends = sorted({self._exit(depth, count) for depth in self.depths} | {count})
         if len(ends) == 1:
             ends = [count - 1, count] if count > 1 else [0, 1]
-        return [family.site(f"blocks[{a}:{b}]").name for a, b in zip(ends, ends[1:], strict=False)]
+        return [family.site(f"blocks[{a}:{b}]").name for a, b in pairwise(ends)]
 
     def table(self, steps: int, sites: Sequence[str]) -> Actions:
         ranges = [tuple(map(int, match.groups())) for match in map(_BEGIN.fullmatch, sites) if match]

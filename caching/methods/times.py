@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class TimedMethod(Method):
     timed: ClassVar[bool] = True
     timesteps: tuple[float, ...] | None = field(default=None, kw_only=True)
 
-    def at_times(self, times: Sequence[float] | None) -> Self:
+    def at_times(self, times: Sequence[float] | None) -> TimedMethod:
         if times is None or self.timesteps is not None:
             return self
         return replace(self, timesteps=tuple(times))
