@@ -1,0 +1,1 @@
+"""Teacher trajectories: what students learn from."""
