@@ -1,3 +1,85 @@
-"""quant"""
+"""Quantisation: number formats, quantised layers, plans of mixed precision, and the methods that find them.
+
+Names are loaded on first use, so that a command line that only prints help does not pay for torch.
+"""
+
+from typing import TYPE_CHECKING
 
 assert __name__.startswith("fewstep."), "import fewstep.quant instead"
+
+if TYPE_CHECKING:
+    from fewstep.quant import kernels as kernels
+    from fewstep.quant.apply import dequantize_ as dequantize_
+    from fewstep.quant.apply import plan_of as plan_of
+    from fewstep.quant.apply import quantize_ as quantize_
+    from fewstep.quant.calibration.calls import Call as Call
+    from fewstep.quant.calibration.calls import record as record
+    from fewstep.quant.formats import Format as Format
+    from fewstep.quant.formats import Quantized as Quantized
+    from fewstep.quant.layer_plan import LayerPlan as LayerPlan
+    from fewstep.quant.layers import QuantConv2d as QuantConv2d
+    from fewstep.quant.layers import QuantLinear as QuantLinear
+    from fewstep.quant.methods.mixed import MixedPrecision as MixedPrecision
+    from fewstep.quant.methods.nearest import FP4 as FP4
+    from fewstep.quant.methods.nearest import FP8 as FP8
+    from fewstep.quant.methods.nearest import W4A8 as W4A8
+    from fewstep.quant.methods.nearest import Binary as Binary
+    from fewstep.quant.methods.nearest import Int4 as Int4
+    from fewstep.quant.methods.nearest import Int8 as Int8
+    from fewstep.quant.plan import QuantPlan as QuantPlan
+    from fewstep.quant.report import QuantReport as QuantReport
+    from fewstep.quant.storage import load_ as load_
+    from fewstep.quant.storage import save as save
+
+_MODULES = {
+    "apply": ("dequantize_", "plan_of", "quantize_"),
+    "calibration.calls": ("Call", "record"),
+    "formats": ("Format", "Quantized"),
+    "layer_plan": ("LayerPlan",),
+    "layers": ("QuantConv2d", "QuantLinear"),
+    "methods.mixed": ("MixedPrecision",),
+    "methods.nearest": ("Binary", "FP4", "FP8", "Int4", "Int8", "W4A8"),
+    "plan": ("QuantPlan",),
+    "report": ("QuantReport",),
+    "storage": ("load_", "save"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "FP4",
+    "FP8",
+    "W4A8",
+    "Binary",
+    "Call",
+    "Format",
+    "Int4",
+    "Int8",
+    "LayerPlan",
+    "MixedPrecision",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantPlan",
+    "QuantReport",
+    "Quantized",
+    "dequantize_",
+    "kernels",
+    "load_",
+    "plan_of",
+    "quantize_",
+    "record",
+    "save",
+]
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name in _HOME:
+        return getattr(importlib.import_module(f"fewstep.quant.{_HOME[name]}"), name)
+    if name == "kernels":
+        return importlib.import_module("fewstep.quant.kernels")
+    raise AttributeError(f"module 'fewstep.quant' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

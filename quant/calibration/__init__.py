@@ -1,0 +1,1 @@
+"""Calibration: what the network's layers see while it draws."""

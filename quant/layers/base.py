@@ -1,0 +1,125 @@
+"""What the quantised linear layer and the quantised convolution share: their arrays, and how inputs become codes.
+
+    y = decode(Q_x(( x + shift ) / smooth)) decode(Q_w)^T + (x down^T) up^T + bias
+
+``down`` is stored divided by ``smooth``, so that the branch reads x itself; ``bias`` with the shift's share taken off.
+Source: SVDQuant, 2411.05007, eq. 5-9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.quant.formats import Quantized
+from fewstep.quant.layer_plan import LayerPlan
+from fewstep.quant.views import weight_tensor
+
+WEIGHT = ("codes", "scale", "zero", "tensor_scale")
+INPUT = ("input_scale", "input_zero")
+FLOATS = ("bias", "smooth", "down", "up", "first")
+"""What follows ``module.to(dtype)``; codes and scales do not."""
+ARRAYS = (*WEIGHT, *INPUT, *FLOATS)
+
+
+class QuantLayer(nn.Module):
+    """Base of :class:`QuantLinear` and :class:`QuantConv2d`; its arrays are parameters that take no gradient.
+
+    Attributes:
+        plan: the layer's formats.
+        shape: of the weight that it replaces.
+        backend: the name of the backend to compute with, or ``auto``.
+    """
+
+    plan: LayerPlan
+    shape: tuple[int, ...]
+
+    def __init__(self, plan: LayerPlan, shape: tuple[int, ...], arrays: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)  # not the float layer's, which would make a weight
+        self.plan, self.shape, self.dtype = plan, shape, dtype
+        self.backend = "auto"
+        self.memory: dict[Any, Any] = {}
+        for name in ARRAYS:
+            value = arrays.get(name)
+            self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
+    # -- weight -------------------------------------------------------------------------------------------------------
+    @property
+    def columns(self) -> int:
+        """K of the weight matrix."""
+        return math.prod(self.shape[1:])
+
+    def quantized_weight(self) -> Quantized:
+        """The weight's codes, unpacked, (N, K)."""
+        arrays = {name: getattr(self, name) for name in WEIGHT}
+        return Quantized.from_packed(self.plan.weight, self.columns, **arrays)
+
+    @property
+    def decoded(self) -> Tensor:
+        """float32 matrix (N, K) of the codes; kept on the CPU, where there is no faster way for most formats."""
+        kept = self.remember("decoded", lambda: self.quantized_weight().decode().contiguous())
+        if kept.device.type != "cpu":
+            self.memory.pop("decoded", None)
+        return kept
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that this layer multiplies x with: smoothing undone, low-rank branch added; in the layer's dtype."""
+        matrix = self.decoded
+        if self.smooth is not None:
+            matrix = matrix / self.smooth_columns(self.smooth).float()
+        if self.down is not None:
+            matrix = matrix + self.up.float() @ self.down.float()
+        return weight_tensor(matrix, self.shape).to(self.dtype)
+
+    def smooth_columns(self, factors: Tensor) -> Tensor:
+        """A factor a channel as a factor a column of the weight matrix."""
+        return factors.repeat(self.columns // factors.shape[0])
+
+    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What a backend made of the weight, made once; forgotten when the weight moves or is loaded."""
+        if key not in self.memory:
+            self._make(key, make)
+        return self.memory[key]
+
+    @torch.compiler.disable  # a graph is broken here once; from then on what was made is a constant in it
+    def _make(self, key: Any, make: Callable[[], Any]) -> None:
+        self.memory[key] = make()
+
+    # -- input --------------------------------------------------------------------------------------------------------
+    def encode_input(self, matrix: Tensor) -> Quantized:
+        """Codes of prepared inputs."""
+        assert self.plan.activation is not None
+        return self.plan.activation.encode(matrix, self.input_scale, self.input_zero)
+
+    def round_input(self, matrix: Tensor) -> Tensor:
+        """``encode_input(matrix).decode()``."""
+        if self.plan.activation is None:
+            return matrix
+        return self.plan.activation.round(matrix, self.input_scale, self.input_zero)
+
+    # -- torch --------------------------------------------------------------------------------------------------------
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self.memory.clear()
+        fixed = {name: value.data for name in (*WEIGHT, *INPUT) if (value := getattr(self, name)) is not None}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        for name, before in fixed.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:  # float16 has too few exponents for scales
+                after.data = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.memory.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "memory": {}}  # packed weights of oneDNN neither pickle nor copy
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.plan}"

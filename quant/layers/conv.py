@@ -1,0 +1,59 @@
+"""The quantised convolution, of any format and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewstep.quant.backends import choose
+from fewstep.quant.layer_plan import LayerPlan
+from fewstep.quant.layers.base import QuantLayer
+
+GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """conv2d with the weight, and the input where the plan says so, in a number format. Inputs (B, C, H, W)."""
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        shape: tuple[int, ...],
+        arrays: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        geometry: Mapping[str, Any],
+    ) -> None:
+        super().__init__(plan, shape, arrays, dtype)
+        self.stride, self.padding, self.dilation = (geometry[name] for name in ("stride", "padding", "dilation"))
+        self.groups, self.padding_mode = int(geometry["groups"]), str(geometry["padding_mode"])
+        self.out_channels, self.in_channels = shape[0], shape[1] * self.groups
+        self.kernel_size = (shape[2], shape[3])
+        self._reversed_padding_repeated_twice = geometry["border"]  # what torch pads by in the modes that are not zeros
+
+    def forward(self, input: Tensor) -> Tensor:
+        return choose(self, input).conv2d(self, input)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """conv2d of the layer's geometry."""
+        return nn.Conv2d._conv_forward(self, x, weight, bias)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Inputs as the quantiser takes them: shifted, divided by the smoothing factors, float32, (B, C, H, W)."""
+        ready = x.float()
+        if self.plan.shift:
+            ready = ready + self.plan.shift
+        return ready if self.smooth is None else ready / self.smooth.float()[:, None, None]
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """The convolved codes with the bias and the branch of the raw inputs added, in the inputs' dtype."""
+        if self.bias is not None:
+            out = out + self.bias.float()[:, None, None]
+        if self.down is not None:
+            down = self.down.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)
+            branch = self.convolve(x.to(down.dtype), down)
+            out = out + F.conv2d(branch, self.up[:, :, None, None]).float()
+        return out.to(x.dtype)

@@ -1,0 +1,1 @@
+"""Methods: from a network and calibration data to a plan and its arrays."""

@@ -1,0 +1,149 @@
+"""Rounding to the nearest: the plain configs, from formats alone. No calibration."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Literal
+
+from fewstep.errors import FewstepError, unknown
+from fewstep.quant.formats import Format
+from fewstep.quant.layer_plan import LayerPlan
+from fewstep.quant.methods.base import FLAT, SKIPPED, Method, fit, storage_of
+from fewstep.quant.sites import Site
+
+ROLES = (
+    "edge", "embedding", "modulation", "attention", "cross", "feedforward", "shortcut", "convolution", "projection",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Nearest(Method):
+    """Weights and activations rounded to the nearest code, scales from the largest magnitudes.
+
+    Attributes:
+        weight: format of the weights, see :meth:`Format.parse`.
+        activation: format of the inputs, None for weights alone.
+        conv_activation: of convolutions' inputs where it differs.
+        keep: roles and layer names (with ``*``) that stay as they are. First and last layers and embeddings by default.
+    """
+
+    weight: str
+    activation: str | None = None
+    conv_activation: str | None = None
+    keep: tuple[str, ...] = SKIPPED
+
+    def __post_init__(self) -> None:
+        for entry in (self.weight, self.activation, self.conv_activation):
+            if entry is not None and entry != "auto":
+                Format.parse(entry)
+        if isinstance(self.keep, str):
+            raise FewstepError(f"keep is {self.keep!r}; give a tuple of roles and names")
+        for entry in self.keep:
+            if entry not in ROLES and "." not in entry and "*" not in entry and entry.isidentifier() and "_" not in entry:
+                raise FewstepError(unknown("role", entry, ROLES))
+
+    def kept(self, site: Site) -> str | None:
+        """Why a layer is kept, None where it is not."""
+        if site.role in self.keep:
+            return f"{site.role} layer"
+        match = next((e for e in self.keep if e not in ROLES and fnmatch.fnmatchcase(site.name, e)), None)
+        return f"named by keep={match!r}" if match else None
+
+    def formats(self, site: Site) -> tuple[str, str | None]:
+        """Weight and activation format that are wanted for a layer."""
+        if site.role in FLAT:
+            return str(storage_of(Format.parse(self.weight))), None
+        return self.weight, (self.conv_activation or self.activation) if site.is_conv else self.activation
+
+    def decide(self, site: Site) -> LayerPlan | str:
+        reason = self.kept(site)
+        if reason:
+            return reason
+        weight, activation = self.formats(site)
+        fitted = fit(weight, site.shape[1])
+        inputs = None if activation is None else fit(activation, site.shape[1])
+        if fitted is None or (activation is not None and inputs is None):
+            return f"{site.shape[1]} inputs do not divide into the groups of {weight if fitted is None else activation}"
+        return LayerPlan(fitted, inputs)
+
+
+@dataclass(frozen=True)
+class Int8(Nearest):
+    """8-bit integers: weights with a scale a row, inputs with one a token; of convolutions one a sample, with a zero point.
+
+    ``auto`` is int8, on CPUs whose int8 instructions saturate int7, which they multiply exactly.
+    """
+
+    weight: str = "auto"
+    activation: str | None = "int8:row"
+    conv_activation: str | None = "zint8:row"
+
+    def formats(self, site: Site) -> tuple[str, str | None]:
+        weight, activation = Nearest.formats(self, site) if self.weight != "auto" else self._automatic(site)
+        return weight, activation
+
+    def _automatic(self, site: Site) -> tuple[str, str | None]:
+        import torch
+
+        from fewstep.quant.backends.onednn import OneDNN, adds_exactly
+
+        slow = not torch.cuda.is_available() and not OneDNN().missing(torch.device("cpu")) and not adds_exactly()
+        weight = "int7:row" if slow else "int8:row"
+        if site.role in FLAT:
+            return weight, None
+        return weight, (self.conv_activation or self.activation) if site.is_conv else self.activation
+
+
+@dataclass(frozen=True)
+class Int4(Nearest):
+    """4-bit integers for weights and inputs in groups of 64 channels: the naive W4A4 that better methods start from."""
+
+    weight: str = "int4:g64"
+    activation: str | None = "int4:g64"
+
+
+@dataclass(frozen=True)
+class W4A8(Nearest):
+    """4-bit weights in groups of 64, 8-bit inputs with one scale a token."""
+
+    weight: str = "int4:g64"
+    activation: str | None = "int8:row"
+    conv_activation: str | None = "zint8:row"
+
+
+@dataclass(frozen=True)
+class FP8(Nearest):
+    """E4M3 for both, one scale a row. Source: FP8 Formats for Deep Learning, 2209.05433."""
+
+    weight: str = "e4m3:row"
+    activation: str | None = "e4m3:row"
+
+
+@dataclass(frozen=True)
+class FP4(Nearest):
+    """E2M1 in blocks: NVFP4 (16 numbers, E4M3 scales) or MXFP4 (32 numbers, powers of two)."""
+
+    weight: str = "nvfp4"
+    activation: str | None = "nvfp4"
+
+    @classmethod
+    def of(cls, kind: Literal["nvfp4", "mxfp4"]) -> FP4:
+        return cls(kind, kind)
+
+
+@dataclass(frozen=True)
+class Binary(Nearest):
+    """Weights as sums of ``bases`` signs with a scale a group; inputs in 8 bits.
+
+    Rounding a trained network to signs ruins it; :class:`BinaryDM` trains them. Source: 2404.05662.
+    """
+
+    weight: str = "bin1:g64"
+    activation: str | None = "int8:row"
+    bases: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bases is not None:
+            object.__setattr__(self, "weight", f"bin{self.bases}:g64")
+        super().__post_init__()

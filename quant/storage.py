@@ -1,0 +1,168 @@
+"""Quantised networks on disk: one JSON with the plan, one safetensors file with every array. Never pickle.
+
+Nothing else is needed to have the network back, so the float weights need not be there. What is not quantised is stored in
+the fewest bytes that keep every bit: float32 whose numbers all are float16 numbers as float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.artifact import read_json, read_tensors, write_with_tensors
+from fewstep.errors import ArtifactError, FewstepError, PlanError
+from fewstep.quant.apply import RECORD, Record, _swap, check_untouched, unwrapped
+from fewstep.quant.layers.base import ARRAYS
+from fewstep.quant.layers.build import build
+from fewstep.quant.plan import QuantPlan
+from fewstep.quant.sites import architecture, canonical, quantized_layers, sites
+
+INDEX = "quantized.json"
+_KEYS = ("plan", "dtypes", "layer_dtypes", "names", "arrays", "arrays_sha256")
+
+
+def save(module: nn.Module, folder: str | Path) -> Path:
+    """Write a quantised network to ``folder``; whole or not at all.
+
+    Returns:
+        The path of the JSON file, ``quantized.json``; the arrays lie beside it.
+
+    Raises:
+        FewstepError: for a network that is not quantised.
+    """
+    model = unwrapped(module)
+    record: Record | None = getattr(model, RECORD, None)
+    if record is None:
+        raise FewstepError(f"{type(model).__name__} is not quantised; quantize_ it first, or save it as diffusers does")
+    tensors, dtypes = {}, {}
+    for name, value in _tensors(model):
+        kept = narrowest(value.detach().cpu())
+        if kept.dtype != value.dtype:
+            dtypes[name] = str(value.dtype).removeprefix("torch.")
+        tensors[name] = kept
+    layer_dtypes = {
+        name: str(next(m.dtype for m in layer.modules() if hasattr(m, "memory"))).removeprefix("torch.")
+        for name, layer in quantized_layers(model).items()
+    }
+    path = Path(folder) / INDEX
+    body = {"plan": record.plan.to_json(), "dtypes": dtypes, "layer_dtypes": layer_dtypes, "names": sorted(tensors)}
+    write_with_tensors(path, "QuantizedModel", body, tensors)
+    return path
+
+
+def load_(module: nn.Module, folder: str | Path, *, backend: str = "auto") -> QuantPlan:
+    """Make a float network of the right architecture the one that was saved in ``folder``, in place.
+
+    Its weights are not read and may be on the meta device: make the network from its config there, then load. All arrays
+    are checked before anything changes.
+
+    Returns:
+        The plan it was quantised by.
+
+    Raises:
+        ArtifactError: missing, damaged, of another version, or for another architecture.
+        FewstepError: for a network that is quantised already.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     unet = UNet2DConditionModel.from_config(config)
+        >>> quant.load_(unet, "unet-int8")
+    """
+    model = unwrapped(module)
+    check_untouched(model)
+    path = Path(folder) / INDEX
+    body = read_json(path, "QuantizedModel", required=_KEYS)
+    try:
+        plan = QuantPlan.from_json(body["plan"])
+    except PlanError as error:
+        raise ArtifactError(f"{path}: {error}") from None
+    if plan.fingerprint != architecture(model):
+        raise ArtifactError(
+            f"{path} holds a {plan.model} with fingerprint {plan.fingerprint}; this {type(model).__name__} has "
+            f"{architecture(model)}: another class, or other sizes in its config"
+        )
+    name = str(body["arrays"])
+    if Path(name).name != name:
+        raise ArtifactError(f"{path} names its arrays {name!r}; they lie beside it")
+    stored = read_tensors(path.with_name(name), body["arrays_sha256"], body["names"])
+    tensors = {key: value.to(_dtype(body["dtypes"].get(key), value.dtype)) for key, value in stored.items()}
+    layers = _layers(model, plan, tensors, body["layer_dtypes"], path, backend)
+    rest = {key: value for key, value in tensors.items() if not key.startswith(tuple(f"{n}." for n in layers))}
+    places = _places(model, set(layers))
+    if differing := set(rest) ^ set(places):
+        raise ArtifactError(f"{path} and this {type(model).__name__} differ in {min(differing)}")
+    for key, value in rest.items():
+        if value.shape != places[key].shape:
+            raise ArtifactError(f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(places[key].shape)}")
+    _swap(model, layers)
+    _assign(model, rest)
+    setattr(model, RECORD, Record(plan, {}))
+    return plan
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer by its canonical name, non-persistent buffers too: a model made on meta lacks them."""
+    found = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(canonical(name), value) for name, value in found if "lora_" not in name]
+
+
+def _places(model: nn.Module, quantized: set[str]) -> dict[str, Tensor]:
+    starts = tuple(f"{name}." for name in quantized)
+    return {name: value for name, value in _tensors(model) if not name.startswith(starts)}
+
+
+def _layers(
+    model: nn.Module,
+    plan: QuantPlan,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, str],
+    path: Path,
+    backend: str,
+) -> dict[str, nn.Module]:
+    made = {}
+    for site in sites(model):
+        if site.name not in plan.layers:
+            continue
+        start = f"{site.name}."
+        arrays = {key[len(start) :].removeprefix("parts."): v for key, v in tensors.items() if key.startswith(start)}
+        if not arrays or any(key.split(".")[-1] not in ARRAYS for key in arrays):
+            raise ArtifactError(f"{path} has no arrays, or unknown ones, for {site.name}")
+        made[site.name] = layer = build(site.module, plan.layers[site.name], arrays)
+        for part in layer.modules():
+            if hasattr(part, "memory"):
+                part.dtype = _dtype(dtypes.get(site.name), torch.float32)
+                part.backend = backend  # type: ignore[assignment]
+    return made
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    paths = {canonical(n): n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+    for key, value in tensors.items():
+        parent, _, last = paths[key].rpartition(".")
+        holder = model.get_submodule(parent)
+        before = holder._parameters.get(last)
+        if last in holder._buffers:
+            holder._buffers[last] = value if holder._buffers[last].is_meta else value.to(holder._buffers[last].device)  # type: ignore[union-attr]
+        else:
+            assert before is not None
+            here = value if before.is_meta else value.to(before.device)
+            holder._parameters[last] = nn.Parameter(here, requires_grad=before.requires_grad and value.is_floating_point())
+
+
+def narrowest(value: Tensor) -> Tensor:
+    """float32 as float16 where that keeps every number; everything else as it is."""
+    if value.dtype != torch.float32:
+        return value
+    half = value.half()
+    return half if torch.equal(half.float(), value) else value
+
+
+def _dtype(name: Any, otherwise: torch.dtype) -> torch.dtype:
+    found = getattr(torch, str(name), None) if name is not None else otherwise
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(f"{name!r} is no dtype of torch")
+    return found
