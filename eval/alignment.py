@@ -235,6 +235,28 @@ def prompted_class(prompt: str, classes: Sequence[str]) -> int:
     return list(classes).index(max(named, key=len))
 
 
+def hits(logits: Tensor, prompts: Sequence[str], classes: Sequence[str]) -> list[bool]:
+    """Of each image whether its largest logit, of (n, classes), is that of the class that its prompt names.
+
+    Raises:
+        FewstepError: for another number of prompts than images, or one that names no class.
+    """
+    if len(prompts) != len(logits):
+        raise FewstepError(f"there are {len(prompts)} prompts for {len(logits)} images; give one each")
+    wanted = torch.tensor([prompted_class(prompt, classes) for prompt in prompts])
+    right: list[bool] = (logits.argmax(dim=-1).cpu() == wanted).tolist()
+    return right
+
+
+def accuracy(right: Sequence[bool], name: str, classes: Sequence[str]) -> Score:
+    """The share of right images in percent, by the classifier of that name. Raises FewstepError for no images."""
+    if not right:
+        raise FewstepError("there are no images")
+    values = 100 * np.asarray(right, dtype=np.float64)
+    made = recipe("accuracy", name, f"{len(classes)} classes", ROUNDING, f"N={len(values)}")
+    return Score(float(values.mean()), made, len(values), values)
+
+
 class AccuracyStream:
     """How often a classifier sees the class that the prompt names.
 
@@ -250,15 +272,10 @@ class AccuracyStream:
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Add uint8 images (n, C, H, W) and their n prompts."""
-        wanted = torch.tensor([prompted_class(prompt, self._classes) for prompt in prompts])
         with inference(self._classifier):
-            seen = self._classifier.logits(images.to(module_device(self._classifier))).argmax(dim=-1).cpu()
-        self._right += (seen == wanted).tolist()
+            logits = self._classifier.logits(images.to(module_device(self._classifier)))
+        self._right += hits(logits, prompts, self._classes)
 
     def score(self) -> Score:
         """The share of right images in percent. Raises FewstepError where there were no images."""
-        if not self._right:
-            raise FewstepError("there are no images")
-        values = 100 * np.asarray(self._right, dtype=np.float64)
-        made = recipe("accuracy", self._name, f"{len(self._classes)} classes", ROUNDING, f"N={len(values)}")
-        return Score(float(values.mean()), made, len(values), values)
+        return accuracy(self._right, self._name, self._classes)

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.eval import fingerprint
-from fewstep.eval.alignment import AccuracyStream, Clip, ClipLike, ClipStream, load_clip
-from fewstep.eval.distribution.collect import Need, Pass
+from fewstep.eval.alignment import AccuracyStream, Clip, ClipLike, ClipStream, accuracy, clip_definition, hits, load_clip
+from fewstep.eval.distribution.collect import Collected, Need, Pass
 from fewstep.eval.distribution.feature_cache import FeatureCache
 from fewstep.eval.distribution.feature_metrics import (
     Cmmd,
-    FeatureMetric,
     Fid,
     FidInfinity,
     InceptionScore,
@@ -58,20 +57,31 @@ class Metric(Protocol):
 
 
 class ClipScore:
-    """CLIP score; the argument as in :func:`~fewstep.eval.alignment.clip_score`."""
+    """CLIP score; arguments as in :func:`~fewstep.eval.alignment.clip_score`.
 
-    name = "clip_score"
+    Args:
+        model: as there.
+        definition: as there.
+        name: the column; give one where both definitions are measured.
+    """
 
-    def __init__(self, model: ClipLike = "fashion") -> None:
+    def __init__(
+        self, model: ClipLike = "fashion", definition: str = "torchmetrics", *, name: str = "clip_score"
+    ) -> None:
+        said = clip_definition(definition).recipe
+        self._definition = definition
         self._clip: Clip = load_clip(model)
-        self.identity = self._clip.sha256
+        self.name = name
+        self.identity = f"{self._clip.sha256}|{said}"
 
     def start(self) -> Stream:
-        return ClipStream(self._clip)
+        return ClipStream(self._clip, self._definition)
 
 
 class Accuracy:
     """Share of images in which a classifier sees the prompted class, percent.
+
+    The fashion classifier is the feature net of that name: where another metric uses it too, it runs once.
 
     Args:
         classifier: has ``logits(images)``; the fashion classifier where left out.
@@ -81,17 +91,25 @@ class Accuracy:
     name = "accuracy"
 
     def __init__(self, classifier: Any = None, classes: Sequence[str] = ()) -> None:
-        self._title = "fashion"
+        self.need: Need | None = None
         if classifier is None:
             from fewstep.pipelines import zoo
 
-            classifier, classes = zoo.features(), zoo.CLASSES
+            net = feature_net("fashion")
+            classifier, classes, self._title = net.module, zoo.CLASSES, net.name
+            self.need = Need(net, "logits", whole=True)
         elif not classes:
             raise FewstepError("a classifier needs classes, the names in the order of its logits")
         else:
             self._title = type(classifier).__name__
         self._classifier, self._classes = classifier, tuple(classes)
         self.identity = f"{fingerprint.of_module(classifier)}|{'|'.join(self._classes)}"
+
+    def score(self, collected: Collected) -> Score:
+        """The score of what was collected for :attr:`need`."""
+        return accuracy(
+            hits(collected.features.values, collected.prompts, self._classes), self._title, self._classes
+        )
 
     def start(self) -> Stream:
         return AccuracyStream(self._classifier, self._classes, self._title)
@@ -183,13 +201,13 @@ def measure(
         cache: folder for features, see :mod:`fewstep.eval.distribution.feature_cache`; none is kept where left out.
     """
     metrics = tuple(metrics)
-    of_features = [metric for metric in metrics if isinstance(metric, FeatureMetric)]
-    streams = {metric.name: metric.start() for metric in metrics if not isinstance(metric, FeatureMetric)}
+    of_features: list[Any] = [metric for metric in metrics if getattr(metric, "need", None) is not None]
+    streams = {metric.name: metric.start() for metric in metrics if metric not in of_features}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         shared = Pass([metric.need for metric in of_features], None if cache is None else FeatureCache(cache))
         for images, prompts in batches:
-            shared.update(images)
+            shared.update(images, prompts)
             for stream in streams.values():
                 stream.update(images, prompts)
         found = {metric.name: metric.score(shared.collected(metric.need)) for metric in of_features}

@@ -8,6 +8,7 @@ from torch import nn
 
 from fewstep import eval as evaluation
 from fewstep.eval import (
+    ClipScore,
     Cmmd,
     FeatureNet,
     FeatureSet,
@@ -20,6 +21,8 @@ from fewstep.eval import (
     Score,
     Sfid,
     SlicedWasserstein,
+    clip_score,
+    feature_net,
     measure_images,
 )
 from fewstep.eval.distribution.feature_cache import FeatureCache
@@ -288,3 +291,35 @@ def test_features_that_are_not_finite_are_refused():
         evaluation.kid(IMAGES, REFERENCE, Broken())
     with pytest.raises(ValueError, match="NaN or infinite"):
         evaluation.fid(IMAGES, REFERENCE, Broken())
+
+
+def test_accuracy_uses_the_logits_of_the_pass_that_other_metrics_need_too():
+    """One run of the net a batch; the values are those of the stream that runs it alone."""
+    metrics = make_metrics(["fid", "accuracy", InceptionScore(splits=2)])
+    images, prompts = random_images(6), ["a dress", "a bag", "a shirt"] * 2
+    net = feature_net("fashion")
+    calls = []
+    handle = net.module.register_forward_hook(lambda *_: calls.append(1))
+    scores = measure(metrics, [(images[:4], prompts[:4]), (images[4:], prompts[4:])]).scores
+    handle.remove()
+    assert len(calls) == 2
+    stream = metrics[1].start()
+    stream.update(images, prompts)
+    alone = stream.score()
+    assert scores["accuracy"] == alone
+    assert scores["accuracy"].per_sample.tolist() == alone.per_sample.tolist()
+    with pytest.raises(ValueError, match="0 prompts for 6 images"):
+        measure(metrics[1:2], [(images, [])])
+
+
+def test_both_definitions_of_the_clip_score_in_one_pass():
+    clip = tiny_clip()
+    metrics = make_metrics([ClipScore(clip), ClipScore(clip, "hessel", name="clip_score:hessel")])
+    images, prompts = random_images(3), ["a dress", "a bag", "a shirt"]
+    scores = measure(metrics, [(images, prompts)]).scores
+    assert [score.value for score in scores.values()] == [
+        clip_score(images, prompts, clip, definition=name).value for name in ("torchmetrics", "hessel")
+    ]
+    assert metrics[0].identity != metrics[1].identity
+    with pytest.raises(ValueError, match="unknown definition of the CLIP score 'x'"):
+        ClipScore(clip, "x")

@@ -100,7 +100,7 @@ def test_the_manifest_holds_what_was_run(finished):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize(("what", "moment", "chunks", "leftovers"), [("call", 8, 1, 0), ("rename", 4, 3, 1)])
+@pytest.mark.parametrize(("what", "moment", "chunks", "leftovers"), [("call", 6, 1, 0), ("rename", 4, 3, 1)])
 def test_killed_and_started_again_it_ends_the_same(finished, tmp_path, what, moment, chunks, leftovers):
     """Once in the middle of a batch, once when a chunk is written under its temporary name and not yet renamed."""
     whole, results = finished

@@ -69,6 +69,7 @@ FILES = {
     "samples": "cells/*/samples-*.jsonl",
     "manifest": "manifest.json",
     "results": "results.json",
+    "macs": "macs/*.json",
 }
 
 
@@ -149,6 +150,6 @@ def test_a_full_disk_at_any_write_loses_nothing(sweep, whole, tmp_path, name, st
         assert told(again) == expected
         assert_same_images(out, whole)
         assert all(path.stat().st_mtime_ns == changed for path, changed in done.items())  # nothing was made twice
-    # Three chunks, description, samples, scores, two results, and the manifest at the start, with the model, with the
+    # The count of MACs, three chunks, description, samples, scores, two results, and the manifest at the start, with the model, with the
     # cell, after it and at the end; a sync of the file and one of its folder for each.
-    assert k - 1 == 13 * (2 if name == "fsync" else 1)
+    assert k - 1 == 14 * (2 if name == "fsync" else 1)

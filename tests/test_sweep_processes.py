@@ -127,7 +127,7 @@ def test_images_moments_and_scores_are_those_of_one_process(start, alone, tmp_pa
 def die_while_drawing(rank, out, victim):
     sweep = small_sweep()
     if rank == victim:
-        sweep.model.unet.register_forward_pre_hook(killer(8))  # 2 calls to warm up, 2 to count, 2 a batch: its second
+        sweep.model.unet.register_forward_pre_hook(killer(5))  # 2 calls of a rehearsal, 2 a batch: in its second
     with pytest.raises(ProcessLost, match="another process of the sweep died"):
         sweep.run(out, progress=False)
     sys.exit(7)
@@ -152,7 +152,7 @@ def break_in_one(rank, out):
     calls = iter(range(100))
 
     def out_of_memory(*_):
-        if rank == 1 and next(calls) < 1:
+        if rank == 1 and next(calls) < 2:  # of the rehearsal, whose failure is not told, and of the batch
             raise RuntimeError("out of memory")
 
     sweep.model.unet.register_forward_pre_hook(out_of_memory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,19 +41,21 @@ def features_recipe(net: FeatureNet, output: Output = "features") -> dict[str, s
 
 @dataclass
 class Collected:
-    """One output of one net over all images so far: moments, features, or both."""
+    """One output of one net over all images so far: moments, features, or both; and the images' prompts, where given."""
 
     net: FeatureNet
     output: Output
     wants_moments: bool = False
     wants_features: bool = False
     count: int = 0
+    prompts: list[str] = field(default_factory=list)
     _moments: Moments | None = None
     _batches: list[Tensor] = field(default_factory=list)
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, prompts: Sequence[str] = ()) -> None:
         """Add the outputs (n, d) of a batch."""
         self.count += len(values)
+        self.prompts += prompts
         if self.wants_moments:
             if self._moments is None:
                 self._moments = Moments(values.shape[1], self.recipe)
@@ -101,13 +103,13 @@ class Pass:
             kept.wants_features |= need.whole
             kept.wants_moments |= not need.whole
 
-    def update(self, images: Tensor) -> None:
-        """Add uint8 images (n, C, H, W)."""
+    def update(self, images: Tensor, prompts: Sequence[str] = ()) -> None:
+        """Add uint8 images (n, C, H, W), and for metrics that ask for them their prompts."""
         for key, net in self._nets.items():
             wanted: list[Output] = [output for owner, output in self._collected if owner == key]
             outputs = net.outputs(images, wanted) if self._cache is None else self._cache.outputs(net, images, wanted)
             for output in wanted:
-                self._collected[key, output].update(outputs[output])
+                self._collected[key, output].update(outputs[output], prompts)
 
     def collected(self, need: Need) -> Collected:
         """What was kept for ``need``, one of those that the pass was made for."""

@@ -78,6 +78,74 @@ class Fidelity:
     __repr__ = __str__
 
 
+class FidelityStream:
+    """Fidelity of images that come batch by batch with their references; arguments as in :func:`fidelity`.
+
+    Args:
+        lpips: as there.
+        features: as there.
+
+    Attributes:
+        columns: the metrics by name, in the order of the table; ``latent_rmse`` only where latents are given.
+        identity: what the values depend on beside images and latents.
+
+    Raises:
+        FewstepError: for an unknown network, or weights that are not installed.
+    """
+
+    def __init__(
+        self, lpips: LpipsLike | Lpips | None = None, features: str | nn.Module | FeatureDistance | None = None
+    ) -> None:
+        self._measures: dict[str, tuple[Pairwise, str]] = {"psnr": (psnr, "dB"), "ssim": (ssim, "windows inside")}
+        nets: list[str] = []
+        if lpips is not None:
+            network = lpips if isinstance(lpips, Lpips) else Lpips(lpips)
+            self._measures["lpips"] = (network, network.title)
+            nets.append(network.identity)
+        if features is not None:
+            distance = features if isinstance(features, FeatureDistance) else FeatureDistance(features)
+            self._measures["feature_distance"] = (distance, distance.title)
+            nets.append(distance.identity)
+        self.columns = ("latent_rmse", *self._measures)
+        self.identity = "|".join([*self.columns, *nets])
+        self._found: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in self.columns}
+        self._digest = hashlib.sha256()
+
+    def update(self, images: Tensor, reference: Tensor, latents: tuple[Tensor, Tensor] | None = None) -> None:
+        """Add uint8 images (n, C, H, W), as many references, and where they are known the latents behind both."""
+        self._digest.update(reference.contiguous().numpy().tobytes())
+        at_once = max(1, PIXELS // images[0].numel())
+        for ours, theirs in zip(images.split(at_once), reference.split(at_once), strict=True):
+            for name, (metric, _) in self._measures.items():
+                self._found[name].append(np.asarray(metric(ours, theirs), dtype=np.float64))
+        if latents is not None:
+            self._found["latent_rmse"].append(latent_rmse(*latents))
+
+    def result(self, seeds: Sequence[int] | None = None, against: str = "") -> Fidelity:
+        """One value an image and metric so far.
+
+        Args:
+            seeds: of the images; 0, 1, ... where left out.
+            against: what the references are called in recipes; the hash of their pixels where left out.
+
+        Raises:
+            FewstepError: for no images, or other numbers of seeds or latents.
+        """
+        if not self._found["psnr"]:
+            raise FewstepError("there are no images to compare")
+        values = {name: np.concatenate(parts) for name, parts in self._found.items() if parts}
+        count = len(values["psnr"])
+        ids = tuple(range(count)) if seeds is None else tuple(int(seed) for seed in seeds)
+        for what, number in (("seeds", len(ids)), ("latents", len(values.get("latent_rmse", ids)))):
+            if number != count:
+                raise FewstepError(f"there are {number} {what} for {count} images; give one each")
+        said = (f"N={count}", f"ref={against or f'sha256:{self._digest.hexdigest()[:8]}'}")
+        ways = {name: (how, ROUNDING) for name, (_, how) in self._measures.items()}
+        return Fidelity(
+            {name: Samples(found, ids, recipe(name, *ways.get(name, ()), *said)) for name, found in values.items()}
+        )
+
+
 def fidelity(
     images: Images,
     reference: Images,
@@ -111,42 +179,15 @@ def fidelity(
     References:
         PSNR and SSIM: Wang et al., IEEE TIP 13(4), 2004. LPIPS: Zhang et al., arXiv:1801.03924.
     """
-    measures: dict[str, tuple[Pairwise, str]] = {"psnr": (psnr, "dB"), "ssim": (ssim, "windows inside")}
-    if lpips is not None:
-        network = lpips if isinstance(lpips, Lpips) else Lpips(lpips)
-        measures["lpips"] = (network, network.title)
-    if features is not None:
-        distance = features if isinstance(features, FeatureDistance) else FeatureDistance(features)
-        measures["feature_distance"] = (distance, distance.title)
-
-    found: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in measures}
-    digest = hashlib.sha256()
+    stream = FidelityStream(lpips, features)
     for ours, theirs in _pairs(images, reference, batch_size):
-        digest.update(theirs.numpy().tobytes())
-        for name, (metric, _) in measures.items():
-            found[name].append(np.asarray(metric(ours, theirs), dtype=np.float64))
-    if not found["psnr"]:
-        raise FewstepError("there are no images to compare")
-    values = {name: np.concatenate(parts) for name, parts in found.items()}
-
-    count = len(values["psnr"])
-    ids = tuple(range(count)) if seeds is None else tuple(int(seed) for seed in seeds)
-    if len(ids) != count:
-        raise FewstepError(f"there are {len(ids)} seeds for {count} images; give one each")
-    against = (f"N={count}", f"ref=sha256:{digest.hexdigest()[:8]}")
-    samples: dict[str, Samples] = {}
-    if latents is not None:
-        rmse = latent_rmse(*latents)
-        if len(rmse) != count:
-            raise FewstepError(f"there are {len(rmse)} latents for {count} images; give one each")
-        samples["latent_rmse"] = Samples(rmse, ids, recipe("latent_rmse", *against))
-    for name, (_, how) in measures.items():
-        samples[name] = Samples(values[name], ids, recipe(name, how, ROUNDING, *against))
-    return Fidelity(samples)
+        stream.update(ours, theirs, latents)
+        latents = None  # all of them came with the first batch
+    return stream.result(seeds)
 
 
 def _pairs(images: Images, reference: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both as uint8 batches of the same images, however either came batched; small batches of large images."""
+    """Both as uint8 batches of the same images, however either came batched."""
     waiting: list[tuple[Tensor, Tensor]] = []
     for a, b in zip_longest(_single(images, batch_size), _single(reference, batch_size)):
         if a is None or b is None:
@@ -157,7 +198,7 @@ def _pairs(images: Images, reference: Images, batch_size: int) -> Iterator[tuple
                 f"images have shape (C, H, W) {tuple(a.shape)}, references {tuple(b.shape)}; give one size"
             )
         waiting.append((a, b))
-        if len(waiting) == batch_size or len(waiting) * a.numel() >= PIXELS:
+        if len(waiting) == batch_size:
             yield _stacked(waiting)
             waiting = []
     if waiting:

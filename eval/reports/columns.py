@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ TITLES = {
     "psnr": "PSNR dB",
     "ssim": "SSIM",
     "lpips": "LPIPS",
+    "latent_rmse": "Latent RMSE",
+    "feature_distance": "Feature distance",
 }
 _FORMS = {"clip_score": ".2f", "accuracy": ".1f", "psnr": ".2f"}
 
@@ -157,10 +160,11 @@ class Facet:
         return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     def points(self, metric: str, cost: CostColumn) -> list[Point]:
-        """Every cell that has both, replicates merged."""
+        """Every cell that has both, replicates merged; not where PSNR of an identical image is infinite."""
         cells: dict[tuple[str, int], list[Row]] = {}
         for row in self.rows:
-            if row.value(metric) is not None and cost.of(row) is not None:
+            value = row.value(metric)
+            if value is not None and math.isfinite(value) and cost.of(row) is not None:
                 cells.setdefault((self.series(row), row.steps), []).append(row)
         return [_point(series, steps, rows, metric, cost) for (series, steps), rows in cells.items()]
 

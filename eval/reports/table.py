@@ -110,6 +110,8 @@ def _value(row: Row, metric: str, best: bool, front: bool) -> str:
     kinds = " ".join(kind for kind, marked in (("best", best), ("front", front)) if marked)
     between = interval(row.metrics[metric])
     spread = f"<small>{shown(metric, between[0])} to {shown(metric, between[1])}</small>" if between else ""
+    for seed, worst in list(row.worst(metric).items())[:1]:
+        spread += f"<small>worst {shown(metric, worst)}, seed {seed}</small>"
     star = '<span title="the best of the column">★</span> ' if best else ""
     kind = f' class="{kinds}"' if kinds else ""
     return f'<td{kind} data-v="{value!r}">{star}{shown(metric, value)}{spread}</td>'

@@ -23,16 +23,21 @@ HIGHER = frozenset(
 )
 
 
+WORST = "_worst"
+"""Behind a metric's name: its value at the worst image."""
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether less of ``metric`` is better.
 
     Args:
-        metric: its name; of ``fid:dinov2`` and of a recipe ``fid[fashion, ...]`` the name is what stands in front.
+        metric: its name; of ``fid:dinov2`` and of a recipe ``fid[fashion, ...]`` the name is what stands in front, and
+            ``psnr_worst`` goes the way of ``psnr``.
 
     Raises:
         FewstepError: for a metric that is not known.
     """
-    name = metric.partition("[")[0].partition(":")[0]
+    name = metric.partition("[")[0].partition(":")[0].removesuffix(WORST)
     if name in LOWER:
         return True
     if name in HIGHER:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.eval import fingerprint
 from fewstep.eval.drawing.scheduling import DEFAULT_GRID, scheduler_for, with_grid
@@ -14,6 +14,9 @@ from fewstep.eval.metrics import Metric
 from fewstep.eval.sweeps.identity import scheduler_identity
 from fewstep.eval.sweeps.store import CellStore
 from fewstep.eval.sweeps.transforms import NONE, Transform
+
+if TYPE_CHECKING:
+    from fewstep.eval.sweeps.reference_arm import ReferenceArm
 
 CELLS = "cells"
 AXES = ("model", "scheduler", "grid", "steps", "guidance", "cache", "quant", "seed")
@@ -83,6 +86,7 @@ class Setting:
         metrics: the columns that mean something for this model.
         notes: what every row of this model is to say.
         transforms: the values of the ``cache`` and ``quant`` axes by name.
+        arm: which cell is the reference of which, where fidelity is asked for.
         out: the sweep's folder.
     """
 
@@ -95,6 +99,7 @@ class Setting:
     metrics: tuple[Metric, ...]
     notes: tuple[str, ...]
     transforms: Mapping[str, Mapping[str, Transform]]
+    arm: ReferenceArm | None
     out: Path
 
     def seeds(self, cell: Cell) -> range:

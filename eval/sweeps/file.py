@@ -35,6 +35,8 @@ _FORMS: dict[str, tuple[str, Any]] = {
     "prompts": (_WORDS, lambda v: _list(v, _text)),
     PROMPTS_FILE: ("the path of a text file with one prompt a line", lambda v: _text(v)),
     "metrics": ("a list of names", lambda v: _list(v, _text)),
+    "fidelity": ("a text or a table of texts, [fidelity]", lambda v: _text(v) or _texts(v)),
+    "trackers": ("a list of names", lambda v: _list(v, _text)),
     "call": ("a table, [call]", lambda v: isinstance(v, dict)),
     "device": ("a text", lambda v: _text(v)),
 }
@@ -104,6 +106,10 @@ def _lines(path: Path) -> list[str]:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value.values()))
 
 
 def _whole(value: Any) -> bool:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from fewstep.eval.costs.calls import CallCounter
+from fewstep.eval.costs.calls import CallCounter, denoisers
 from fewstep.eval.costs.clock import Timer
 from fewstep.eval.costs.mac_count import MacCounter
 from fewstep.eval.costs.memory import peak_memory, reset_peak_memory
 from fewstep.eval.drawing.batch import borrowed, draw
+from fewstep.eval.pairs.latents import capture_latents
 from fewstep.eval.sweeps.cell import Cell, Setting
 from fewstep.eval.sweeps.identity import visited
+from fewstep.eval.sweeps.mac_memory import MacCount, MacMemory
 from fewstep.eval.sweeps.progress import SweepProgress
 from fewstep.eval.sweeps.store import CellStore, Chunk
 from fewstep.eval.sweeps.transforms import NONE, LeftBehind, unchanged
 
+MANY = 3  # batches whose median one slow batch does not move
+
 
 def missing(setting: Setting, cell: Cell, store: CellStore) -> list[range]:
-    """The batches whose images are not there, or not whole; damaged files are set aside."""
-    return [seeds for seeds in setting.batches(cell) if store.fetch(seeds[0], seeds[-1]) is None]
+    """The batches whose images, or latents where these are wanted, are not there, or not whole; damage is set aside."""
+
+    def whole(seeds: range) -> bool:
+        chunk = store.fetch(seeds[0], seeds[-1])
+        return chunk is not None and not (setting.arm and chunk.latents is None)
+
+    return [seeds for seeds in setting.batches(cell) if not whole(seeds)]
 
 
 class Painter:
@@ -42,6 +51,7 @@ class Painter:
         self._setting = setting
         self._progress = progress
         self._reload = reload
+        self._memory = MacMemory(setting, len(denoisers(pipe)))
         self._warm = False
         self._spoiled = ""
 
@@ -64,42 +74,55 @@ class Painter:
                 if names:
                     around.enter_context(unchanged(self._pipe, " and ".join(names)))
                 around.enter_context(quant.applied("quant", self._pipe))
-                if names or not self._warm:
-                    # What is paid only the first time (allocation, kernel choice, threads) is the network's: once for
-                    # the plain one, and once whenever a transform has made another of it.
-                    self._chunk(cell, batches[0])
-                    self._warm = True
-                macs = self._counted(cell, batches[0])
+                # What is paid only the first time (allocation, kernel choice, threads) is the network's: once for the
+                # plain one, and again when a transform has made another of it. Of many batches the median is taken.
+                warm = len(batches) >= MANY if names else self._warm
+                count = self._rehearsed(cell, warm)
                 for seeds in batches:
-                    store.write(self._chunk(cell, seeds, macs))
+                    store.write(self._chunk(cell, seeds, count))
                     self._progress.advance(cell.work(len(seeds)))
         except LeftBehind as error:
             self._replace(str(error))
             raise
 
-    def _chunk(self, cell: Cell, seeds: range, macs: Mapping[str, float] | None = None) -> Chunk:
+    def _chunk(self, cell: Cell, seeds: range, count: MacCount | None) -> Chunk:
         # A scheduler and a cache of its own for every batch: none can carry anything from one batch into the next, so
         # a resumed sweep draws what an uninterrupted one does.
         with self._setting.transform("cache", cell).applied("cache", self._pipe):
             self._pipe.scheduler = self._setting.scheduler(cell)
             reset_peak_memory()
-            with CallCounter(self._pipe) as counter, Timer() as timer:
+            watched = capture_latents(self._pipe) if self._setting.arm else nullcontext()
+            with watched as captured, CallCounter(self._pipe) as counter, Timer() as timer:
                 images = self._images(cell, seeds)
         cost = {"seconds": timer.seconds, "calls": counter.calls, "evaluations": counter.samples}
-        record = {**cost, "memory": peak_memory(), **(macs or {}), **visited(self._pipe.scheduler)}
-        return Chunk(seeds[0], images, record)
+        macs = count.record(counter.nfe_per_image(len(seeds))) if count else {}
+        record = {**cost, "memory": peak_memory(), **macs, **visited(self._pipe.scheduler)}
+        return Chunk(seeds[0], images, record, captured.latents(len(images)) if captured else None)
 
-    def _counted(self, cell: Cell, seeds: range) -> dict[str, float]:
-        """MACs of one image, drawn apart: counting slows a run down, and every batch would count the same."""
+    def _rehearsed(self, cell: Cell, warm: bool) -> MacCount | None:
+        """What an image executes; drawn apart where that is not known, or where nothing is warm yet.
+
+        Always of the cell's first seeds: a cache may decide otherwise on others, and a resumed sweep is to count the same.
+        """
+        known = self._memory.fetch(cell)
+        if warm and known:
+            return known
+        seeds = next(self._setting.batches(cell))
+        seeds = seeds[:1] if warm else seeds
+        counter = None if known else MacCounter(self._pipe)
         try:
-            with self._setting.transform("cache", cell).applied("cache", self._pipe), MacCounter(self._pipe) as counter:
+            with self._setting.transform("cache", cell).applied("cache", self._pipe), counter or nullcontext():
                 self._pipe.scheduler = self._setting.scheduler(cell)
-                self._images(cell, seeds[:1])
-            return {"macs": float(counter.executed), "effective_evaluations": counter.effective_nfe_per_image(1)}
+                self._images(cell, seeds)
         except LeftBehind:
             raise
         except Exception:  # what cannot be counted may well be drawn, and what cannot be drawn fails where it is
-            return {}
+            return known
+        self._warm = True
+        if counter is not None:
+            known = MacCount.of(counter, len(seeds))
+            self._memory.keep(cell, known)
+        return known
 
     def _images(self, cell: Cell, seeds: range) -> Tensor:
         s = self._setting

@@ -13,6 +13,7 @@ from fewstep import artifact
 from fewstep.errors import ArtifactError
 from fewstep.eval import fingerprint
 from fewstep.eval.drawing.scheduling import DEFAULT_GRID
+from fewstep.eval.statistics.directions import WORST
 from fewstep.eval.sweeps.cell import AXES, Cell
 from fewstep.eval.sweeps.transforms import NONE
 
@@ -36,7 +37,8 @@ class Row:
         calls: forward calls of the denoiser for one batch.
         nfe_per_image: network evaluations for one image, counted; guidance makes two of a step.
         seconds_per_image: median over the batches, whole pipeline, at the sweep's batch size.
-        metrics: by name {"value", "recipe", "n"}.
+        metrics: by name {"value", "recipe", "n"}; where the value is a mean over images that are held against a reference
+            also {"median", "q05", "q95", "worst"}, the last one by seed, the worst first.
         error: what made the cell fail, one line.
         notes: warnings, black images.
         redone: damaged files that were found and made again.
@@ -79,9 +81,17 @@ class Row:
         return Cell(**{axis: getattr(self, axis) for axis in AXES})
 
     def value(self, metric: str) -> float | None:
-        """The value of a metric, None where the cell has none."""
+        """The value of a metric, or with ``_worst`` behind its name that of its worst image; None where there is none."""
         entry = self.metrics.get(metric)
-        return None if entry is None else float(entry["value"])
+        if entry is not None:
+            return float(entry["value"])
+        worst = self.worst(metric.removesuffix(WORST)) if metric.endswith(WORST) else {}
+        return next(iter(worst.values()), None)
+
+    def worst(self, metric: str) -> dict[int, float]:
+        """Seeds of the worst images with their values, the worst first; empty where the metric is none of pairs."""
+        worst = self.metrics.get(metric, {}).get("worst", {})
+        return {int(seed): float(value) for seed, value in worst.items()}
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,12 @@ class Results:
     def failed(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.status != "ok")
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metrics, each that is kept with its worst image followed by ``NAME_worst``."""
+        worst = {name for name in self.metrics if any(row.worst(name) for row in self.rows)}
+        return tuple(column for name in self.metrics for column in (name, *[name + WORST] * (name in worst)))
+
     def _repr_html_(self) -> str:
         """The rows as a table, for notebooks."""
         from fewstep.eval.reports.table import results_html
@@ -117,11 +133,12 @@ class Results:
     def to_csv(self) -> str:
         """One line a cell; lists joined by "; ", what is missing left empty."""
         plain = [f.name for f in fields(Row) if f.name not in ("metrics", "notes", "redone")]
+        columns = self.columns
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*plain, *self.metrics, "notes", "redone"])
+        writer.writerow([*plain, *columns, "notes", "redone"])
         for row in self.rows:
-            values = [getattr(row, name) for name in plain] + [row.value(name) for name in self.metrics]
+            values = [getattr(row, name) for name in plain] + [row.value(name) for name in columns]
             writer.writerow(["" if v is None else v for v in values] + ["; ".join(row.notes), "; ".join(row.redone)])
         return text.getvalue()
 
@@ -166,6 +183,9 @@ def _row(cell: Any) -> Row:
         if not isinstance(entry, dict) or not isinstance(entry.get("value"), int | float | str):
             raise TypeError(f"metric {name} is {entry!r}")
         float(entry["value"])  # "inf" and "nan" are texts, since JSON has no number for them
+        if not isinstance(entry.get("worst", {}), dict):
+            raise TypeError(f"the worst of metric {name} are {entry['worst']!r}")
+        row.worst(name)
     return row
 
 

@@ -1,50 +1,149 @@
-"""A sweep at work: model by model, cell by cell, with results and manifest written after each."""
+"""A sweep at work: model by model, cell by cell, or cell by cell on a cluster; the account is kept by the main process."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.errors import FewstepError
 from fewstep.eval import fingerprint
 from fewstep.eval.drawing.batch import SEEDING
 from fewstep.eval.drawing.calling import call_defaults
 from fewstep.eval.drawing.scheduling import scheduler_for, with_grid
 from fewstep.eval.metrics import Metric, make_metrics
+from fewstep.eval.sweeps.account import SHOWN, Account
 from fewstep.eval.sweeps.cell import Cell, Setting
+from fewstep.eval.sweeps.cluster import connected, run_on
 from fewstep.eval.sweeps.identity import device_name, jsonable, model_identity, versions
 from fewstep.eval.sweeps.lock import only_writer, remove_leftovers
-from fewstep.eval.sweeps.manifest import Manifest
 from fewstep.eval.sweeps.painting import Painter
-from fewstep.eval.sweeps.processes import Processes, joined
+from fewstep.eval.sweeps.processes import Processes, joined, launched
 from fewstep.eval.sweeps.progress import SweepProgress
 from fewstep.eval.sweeps.results import Results, Row
-from fewstep.eval.sweeps.running import CellRunner
+from fewstep.eval.sweeps.running import CellDone, CellRunner
 from fewstep.eval.sweeps.sources import TEXT_METRICS, Source
+from fewstep.eval.sweeps.tracking import check_trackers
 
 if TYPE_CHECKING:
     from fewstep.eval.sweeps.sweep import Sweep
 
-SHOWN = 16  # prompts in the manifest; enough for the report's pictures
 
-
-def run(sweep: Sweep, out: Path, *, progress: bool, command: Sequence[str] | None) -> Results:
+def run(sweep: Sweep, out: Path, *, progress: bool, command: Sequence[str] | None, ray: str | None) -> Results:
     """See :meth:`fewstep.eval.Sweep.run`."""
     check_schedulers(sweep)
+    check_trackers(sweep.trackers)
+    if ray is not None and launched():
+        raise FewstepError("the sweep is shared by launched processes already; leave out ray, or the launcher")
     cells = sweep.cells
     with joined() as processes, ExitStack() as held:
-        bar = SweepProgress(_work(sweep, cells), progress and processes.main, processes.count)
-        work = _Run(sweep, out, bar, processes)
+        work = sum(cell.work(sweep.samples_drawn) for cell in cells)
+        bar = SweepProgress(work, progress and processes.main, processes.count)
+        metrics: tuple[Metric, ...] = ()
+        columns: tuple[str, ...] = ()
+        account: Account | None = None
         with processes.together():  # the others begin when the main process holds the folder
             if processes.main:
-                metrics = make_metrics(metric_names(sweep))
+                metrics, columns = _measured(sweep)
+                cluster = held.enter_context(connected(ray)) if ray is not None else None
                 held.enter_context(only_writer(out))
                 remove_leftovers(out)
-                held.enter_context(work.written(metrics, sys.argv if command is None else command))
-        return work.all(cells)
+                account = Account(sweep, out, columns, bar, sys.argv if command is None else command)
+                held.enter_context(account.kept())
+        columns = processes.gathered(columns)[0]
+        if ray is not None and account is not None:
+            rows = _on_cluster(cluster, sweep, out, cells, account)
+            remove_leftovers(out)  # of workers that died
+        else:
+            rows = _here(sweep, out, cells, metrics, bar, processes, account)
+        return Results(columns, len(cells), tuple(rows[cell] for cell in cells))
+
+
+def _measured(sweep: Sweep) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
+    """The metrics, and all columns: theirs, and those of a reference."""
+    metrics = make_metrics(metric_names(sweep))
+    of_pairs = sweep.arm.stream().columns if sweep.arm else ()
+    return metrics, (*(metric.name for metric in metrics), *of_pairs)
+
+
+def _here(
+    sweep: Sweep, out: Path, cells: Sequence[Cell], metrics: tuple[Metric, ...], bar: SweepProgress,
+    processes: Processes, account: Account | None,
+) -> dict[Cell, Row]:  # fmt: skip
+    """Model by model, in every process of a launch."""
+    rows: dict[Cell, Row] = {}
+    begin = account.begin if account else _nobody
+    for source in sweep.sources:
+        own = [cell for cell in cells if cell.model == source.name]
+        if not own:
+            continue
+        with processes.together():
+            runner, description = _runner(sweep, source, metrics, out, bar, begin, processes)
+            if account:
+                account.model(description)
+        for cell in own:
+            done = runner.run(cell)
+            rows[cell] = done.row
+            with processes.together():
+                if account:
+                    account.finished(done.row, done.resolved)
+    return rows
+
+
+def _on_cluster(ray: Any, sweep: Sweep, out: Path, cells: Sequence[Cell], account: Account) -> dict[Cell, Row]:
+    """References first: what is held against them is measured where it is drawn."""
+    references = [] if sweep.arm is None else [cell for cell in cells if sweep.arm.of(cell) == cell]
+    rows: dict[Cell, Row] = {}
+    models: set[str] = set()
+
+    def done(found: CellDone) -> None:
+        rows[found.row.cell] = found.row
+        if found.model and found.row.model not in models:
+            models.add(found.row.model)
+            account.model(found.model)
+        account.finished(found.row, found.resolved)
+
+    run_on(ray, sweep, out, [references, [cell for cell in cells if cell not in references]], done)
+    return rows
+
+
+def worker(sweep: Sweep, out: Path, model: str) -> Callable[[Cell], CellDone]:
+    """What runs single cells of a model in a process that keeps no account."""
+    (source,) = (source for source in sweep.sources if source.name == model)
+    bar = SweepProgress(0, show=False)
+    runner, description = _runner(sweep, source, _measured(sweep)[0], out, bar, _nobody, Processes())
+
+    def run_cell(cell: Cell) -> CellDone:
+        done = runner.run(cell)
+        return CellDone(done.row, done.resolved, description)
+
+    return run_cell
+
+
+def _runner(
+    sweep: Sweep, source: Source, metrics: Iterable[Metric], out: Path, bar: SweepProgress,
+    begin: Callable[[Cell, str], None], processes: Processes,
+) -> tuple[CellRunner, dict[str, Any]]:  # fmt: skip
+    """The model loaded, with its description for the manifest."""
+    pipe = source.load(sweep.device)
+    components = model_identity(pipe)
+    setting = setting_for(sweep, source, pipe, components, metrics, out)
+    reload = None if source.pipe is not None else partial(source.load, sweep.device)
+    description = {
+        "name": source.name,
+        "pipeline": type(pipe).__name__,
+        "components": components,
+        "call": setting.call,
+        "first_prompts": setting.prompts_of(sweep.seeds[:SHOWN]),
+    }
+    return CellRunner(setting, Painter(pipe, setting, bar, reload), begin, processes), description
+
+
+def _nobody(cell: Cell, folder: str) -> None:
+    """Told of cells where no account is kept."""
 
 
 def check_schedulers(sweep: Sweep) -> None:
@@ -89,6 +188,7 @@ def setting_for(
             f"no {metric.name}: {source.name} draws without prompts" for metric in metrics if metric.name in skipped
         ),
         transforms=sweep.transforms,
+        arm=sweep.arm,
         out=out,
     )
 
@@ -98,103 +198,3 @@ def metric_names(sweep: Sweep) -> list[str | Metric]:
     if sweep.metrics is not None:
         return list(sweep.metrics)
     return list(dict.fromkeys(name for source in sweep.sources for name in source.metrics))
-
-
-class _Run:
-    """The same in every process; only the main one measures, and writes results and manifest."""
-
-    def __init__(self, sweep: Sweep, out: Path, bar: SweepProgress, processes: Processes) -> None:
-        self._sweep = sweep
-        self._out = out
-        self._bar = bar
-        self._processes = processes
-        self._metrics: tuple[Metric, ...] = ()
-        self._manifest: Manifest | None = None
-        self._rows: list[Row] = []
-
-    @contextmanager
-    def written(self, metrics: tuple[Metric, ...], command: Sequence[str]) -> Iterator[None]:
-        """Measure with ``metrics`` and keep the manifest while the block runs."""
-        self._metrics = metrics
-        self._manifest = Manifest(self._out, _request(self._sweep), command)
-        self._manifest.save()
-        try:
-            with self._bar:
-                yield
-        except BaseException:
-            self._manifest.end("interrupted")
-            raise
-        failed = sum(row.status != "ok" for row in self._rows)
-        self._manifest.end(f"finished, {failed} cells failed" if failed else "finished")
-
-    def all(self, cells: Sequence[Cell]) -> Results:
-        names = self._processes.from_main(lambda: tuple(metric.name for metric in self._metrics))
-        for source in self._sweep.sources:
-            own = [cell for cell in cells if cell.model == source.name]
-            if own:
-                self._model(source, own, cells)
-        return Results(names, len(cells), tuple(self._rows))
-
-    def _model(self, source: Source, own: Sequence[Cell], cells: Sequence[Cell]) -> None:
-        with self._processes.together():
-            pipe = source.load(self._sweep.device)
-            components = model_identity(pipe)
-            setting = setting_for(self._sweep, source, pipe, components, self._metrics, self._out)
-            if self._manifest is not None:
-                self._manifest.model(
-                    {
-                        "name": source.name,
-                        "pipeline": type(pipe).__name__,
-                        "components": components,
-                        "call": setting.call,
-                        "first_prompts": setting.prompts_of(self._sweep.seeds[:SHOWN]),
-                    }
-                )
-        reload = None if source.pipe is not None else partial(source.load, self._sweep.device)
-        runner = CellRunner(setting, Painter(pipe, setting, self._bar, reload), self._begin, self._processes)
-        for cell in own:
-            row = runner.run(cell)
-            self._rows.append(row)
-            with self._processes.together():
-                if self._manifest is not None:
-                    self._keep(self._manifest, row, runner.resolved.get(cell, {}), cells)
-
-    def _keep(self, manifest: Manifest, row: Row, resolved: dict[str, Any], cells: Sequence[Cell]) -> None:
-        names = tuple(metric.name for metric in self._metrics)
-        Results(names, len(cells), tuple(self._rows)).save(self._out)
-        manifest.cell({**row.cell.axes, "folder": row.folder, "status": row.status, **resolved})
-        self._bar.finished(row)
-        self._bar.remaining(_work(self._sweep, cells[len(self._rows) :]))
-
-    def _begin(self, cell: Cell, folder: str) -> None:
-        self._bar.cell(cell.title)
-        if self._manifest is not None:
-            self._manifest.begin({**cell.axes, "folder": folder})
-
-
-def _work(sweep: Sweep, cells: Sequence[Cell]) -> float:
-    return sum(cell.work(sweep.samples_drawn) for cell in cells)
-
-
-def _request(sweep: Sweep) -> dict[str, Any]:
-    """The request as JSON; ``models`` is added to as they are loaded."""
-    axes = sweep.axes
-    scales = axes["guidance"]
-    first = sweep.sources[0].prompts(sweep.prompts)
-    return {
-        "model": ", ".join(axes["model"]),
-        "schedulers": list(axes["scheduler"]),
-        "grids": list(axes["grid"]),
-        "steps": list(axes["steps"]),
-        "guidance": scales[0] if len(scales) == 1 else list(scales),
-        "caches": list(axes["cache"]),
-        "quants": list(axes["quant"]),
-        "exclude": [dict(rule) for rule in sweep.exclude],
-        "seeds": [sweep.seeds[0], sweep.seeds[-1]],
-        "blocks": list(axes["seed"]),
-        "samples": sweep.samples_drawn,
-        "batch_size": sweep.batch_size,
-        "call": dict(sweep.call),
-        "first_prompts": [first[seed % len(first)] for seed in sweep.seeds[:SHOWN]],
-        "cells": [cell.axes for cell in sweep.cells],
-    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,21 @@ from fewstep.eval.sweeps.scoring import relative, score
 from fewstep.eval.sweeps.store import CellStore
 
 
+@dataclass(frozen=True)
+class CellDone:
+    """A cell that was reached.
+
+    Attributes:
+        row: as it stands in the results.
+        resolved: its identity, and the times that the pipeline then really visited; empty where it could not be set up.
+        model: its model's description, where somebody else writes the manifest.
+    """
+
+    row: Row
+    resolved: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+
+
 class CellRunner:
     """Runs cells of one setting.
 
@@ -31,9 +47,6 @@ class CellRunner:
         painter: draws their images.
         begin: told of a cell and its folder before it is worked on, in the main process.
         processes: who draws; every one of them runs the same cells.
-
-    Attributes:
-        resolved: of each cell that was reached its identity, and the times that the pipeline then really visited.
     """
 
     def __init__(
@@ -43,9 +56,8 @@ class CellRunner:
         self._painter = painter
         self._begin = begin
         self._processes = processes
-        self.resolved: dict[Cell, dict[str, Any]] = {}
 
-    def run(self, cell: Cell) -> Row:
+    def run(self, cell: Cell) -> CellDone:
         """Draw, measure and time a cell.
 
         A cell that cannot be drawn or measured (an exception, out of memory, NaN, black images, a transform that does
@@ -57,11 +69,12 @@ class CellRunner:
         """
         processes = self._processes
         store: CellStore | None = None
+        resolved: dict[str, Any] = {}
         try:
             with processes.together():
                 store = self._setting.store(cell)
             self._agree(store)
-            self.resolved[cell] = {"identity": store.identity}
+            resolved = {"identity": store.identity}
             todo = processes.from_main(partial(self._begun, cell, store))
             with processes.together():
                 self._painter.draw(cell, store, todo[processes.rank :: processes.count])
@@ -71,10 +84,9 @@ class CellRunner:
         except Exception as error:
             row = self._failed(cell, store, error)
         else:
-            self.resolved[cell].update(scored.visited)
-            return scored.row
+            return CellDone(scored.row, resolved | scored.visited)
         _free()
-        return row
+        return CellDone(row, resolved)
 
     def _begun(self, cell: Cell, store: CellStore) -> list[range]:
         """Announce a cell; the batches that it lacks."""

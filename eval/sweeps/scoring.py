@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fewstep.eval import fingerprint
 from fewstep.eval.drawing.batch import black
-from fewstep.eval.metrics import Scores, measure
+from fewstep.eval.metrics import measure
+from fewstep.eval.pairs.same_seed import FidelityStream
+from fewstep.eval.pairs.samples import Samples
 from fewstep.eval.sweeps.cell import Cell, Setting
 from fewstep.eval.sweeps.identity import VISITED, jsonable
 from fewstep.eval.sweeps.results import Row
@@ -91,9 +93,11 @@ def _chunks(setting: Setting, cell: Cell, store: CellStore) -> Iterator[Chunk]:
 
 
 def _scores(setting: Setting, cell: Cell, store: CellStore, made: list[_Made]) -> dict[str, Any]:
-    """Scores of the cell's images, from its folder where images and metrics are those of an earlier run."""
-    metrics, seeds = setting.metrics, setting.seeds(cell)
-    key = fingerprint.of_json([[m.sha256 for m in made], [[metric.name, metric.identity] for metric in metrics]])
+    """Scores of the cell's images, from its folder where images, references and metrics are those of an earlier run."""
+    pairs = _Pairs.of(setting, cell)
+    parts = [[m.sha256 for m in made], [[metric.name, metric.identity] for metric in setting.metrics]]
+    key = fingerprint.of_json(parts if pairs is None else [*parts, pairs.identity])
+    seeds = setting.seeds(cell)
     kept = store.fetch_scores(seeds, key)
     if kept is not None:
         return kept
@@ -102,26 +106,72 @@ def _scores(setting: Setting, cell: Cell, store: CellStore, made: list[_Made]) -
     def batches() -> Iterator[tuple[Tensor, list[str]]]:
         for chunk in _chunks(setting, cell, store):
             hashes.extend(hashlib.sha256(fingerprint.tensor_bytes(image)).hexdigest() for image in chunk.images)
+            if pairs is not None:
+                pairs.update(chunk)
             yield chunk.images, setting.prompts_of(range(chunk.first, chunk.last + 1))
 
-    measured = measure(metrics, batches())
-    scores = {
-        "metrics": {
-            name: {field: jsonable(value) for field, value in asdict(score).items() if field != "per_sample"}
-            for name, score in measured.scores.items()
-        },
-        "warnings": list(measured.warnings),
+    measured = measure(setting.metrics, batches())
+    metrics: dict[str, Any] = {
+        name: {field: value for field, value in asdict(score).items() if field != "per_sample"}
+        for name, score in measured.scores.items()
     }
-    store.write_scores(seeds, key, scores, _samples(setting, seeds, hashes, measured))
+    single = {name: one.per_sample for name, one in measured.scores.items() if one.per_sample is not None}
+    for name, samples in (pairs.result(seeds) if pairs else {}).items():
+        summary = samples.summary()
+        metrics[name] = {"value": summary.pop("mean"), "recipe": samples.recipe, "n": len(seeds), **summary}
+        single[name] = samples.values
+    scores = {
+        "metrics": jsonable(metrics),
+        "warnings": [*measured.warnings, *(pairs.warnings if pairs else ())],
+    }
+    store.write_scores(seeds, key, scores, _samples(setting, seeds, hashes, single))
     return scores
 
 
-def _samples(setting: Setting, seeds: range, hashes: list[str], measured: Scores) -> list[dict[str, Any]]:
+class _Pairs:
+    """A cell's images against those of its reference, as they are read.
+
+    Attributes:
+        identity: what the values depend on beside the cell's own images; known before anything is read.
+        warnings: why there is nothing to tell, where the reference could not be drawn.
+    """
+
+    def __init__(self, name: str, stream: FidelityStream, reference: CellStore | None, batches: Sequence[range]) -> None:
+        self._name, self._stream, self._reference = name, stream, reference
+        hashes = [reference and reference.sha256(seeds) for seeds in batches]
+        self.identity = [name, stream.identity, hashes]
+        self.warnings = [f"not held against {name}: that cell has failed"] if None in hashes else []
+
+    @classmethod
+    def of(cls, setting: Setting, cell: Cell) -> _Pairs | None:
+        """None where nobody asked, or the cell is the reference itself."""
+        if setting.arm is None or setting.arm.of(cell) == cell:
+            return None
+        try:
+            reference = setting.store(setting.arm.of(cell))
+        except Exception:  # whatever a scheduler raises; the reference's own row tells it
+            reference = None
+        return cls(setting.arm.reference, setting.arm.stream(), reference, list(setting.batches(cell)))
+
+    def update(self, chunk: Chunk) -> None:
+        if self._reference is None or self.warnings:
+            return
+        other = self._reference.fetch(chunk.first, chunk.last)
+        if other is None or chunk.latents is None or other.latents is None:
+            raise RuntimeError(f"the reference of seeds {chunk.first} to {chunk.last} vanished before it was measured")
+        self._stream.update(chunk.images, other.images, (chunk.latents, other.latents))
+
+    def result(self, seeds: Sequence[int]) -> Mapping[str, Samples]:
+        return {} if self.warnings else self._stream.result(seeds, self._name).samples
+
+
+def _samples(
+    setting: Setting, seeds: range, hashes: list[str], single: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
     """One record a sample: seed, prompt, hash of its uint8 (C, H, W) pixels, and what the metrics say of it alone."""
-    values = {name: made.per_sample for name, made in measured.scores.items() if made.per_sample is not None}
     prompts = setting.prompts_of(seeds)
     return [
         {"seed": seed, "prompt": prompts[index], "sha256": hashes[index]}
-        | {name: jsonable(float(each[index])) for name, each in values.items() if len(each) == len(hashes)}
+        | {name: jsonable(float(each[index])) for name, each in single.items() if len(each) == len(hashes)}
         for index, seed in enumerate(seeds)
     ]

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from fewstep.errors import FewstepError, unknown
-from fewstep.eval.statistics.directions import lower_is_better
+from fewstep.eval.statistics.directions import WORST, lower_is_better
 from fewstep.eval.sweeps.results import Results, Row
 
 COSTS = {"nfe": "nfe_per_image", "seconds": "seconds_per_image", "calls": "calls", "steps": "steps"}
@@ -97,7 +97,7 @@ def best(
 
     Args:
         results: of a sweep.
-        quality: conditions on metrics, such as ``"fid<2"``; all must hold.
+        quality: conditions on metrics, such as ``"fid<2"`` or ``"latent_rmse_worst<0.1"``; all must hold.
         budget: conditions on costs (``nfe``, ``seconds``, ``calls``, ``steps``), such as ``"nfe<=10"``; all must hold.
         metric: what is best within a budget; the sweep's first metric where left out.
 
@@ -108,7 +108,7 @@ def best(
     rows = merged(results.rows)
     if not rows:
         raise FewstepError("no cell of this sweep is finished; run it first")
-    metrics = results.metrics
+    metrics = results.columns
     wanted = [parse_condition(text, metrics) for text in quality]
     allowed = [parse_condition(text, tuple(COSTS)) for text in budget]
     goal = metric if metric is not None else (metrics[0] if metrics else None)
@@ -145,7 +145,11 @@ def merged(rows: Sequence[Row]) -> list[Row]:
 def _mean(group: Sequence[Row]) -> Row:
     first = group[0]
     metrics = {
-        name: {**entry, "value": fmean(float(row.metrics[name]["value"]) for row in group if name in row.metrics)}
+        name: {
+            **entry,
+            "value": fmean(float(row.metrics[name]["value"]) for row in group if name in row.metrics),
+            **({"worst": _worst(group, name)} if "worst" in entry else {}),
+        }
         for name, entry in first.metrics.items()
     }
     costs: dict[str, Any] = {
@@ -156,12 +160,20 @@ def _mean(group: Sequence[Row]) -> Row:
     return replace(first, metrics=metrics, samples=sum(row.samples for row in group), **costs)
 
 
+def _worst(group: Sequence[Row], metric: str) -> dict[str, float]:
+    """The worst image of all blocks."""
+    found = [(value, seed) for row in group for seed, value in row.worst(metric).items()]
+    value, seed = max(found) if lower_is_better(metric) else min(found)
+    return {str(seed): value}
+
+
 def _price(row: Row) -> tuple[float, float]:
     seconds = row.seconds_per_image
     return (math.inf if seconds is None else seconds, row.nfe_per_image or 0.0)
 
 
 def _one_recipe(rows: Sequence[Row], metric: str) -> None:
+    metric = metric.removesuffix(WORST)
     recipes = list(dict.fromkeys(row.metrics[metric]["recipe"] for row in rows if metric in row.metrics))
     if len(recipes) > 1:
         raise FewstepError(

@@ -43,16 +43,18 @@ class Chunk:
         first: the first seed.
         images: uint8 (n, C, H, W) on the CPU.
         record: how they were made (seconds, calls, evaluations, the times visited); JSON values only.
+        latents: float32 (n, ...) on the CPU, what they were decoded from; None where nobody asked for them.
     """
 
     first: int
     images: Tensor
     record: dict[str, Any]
+    latents: Tensor | None = None
 
     @property
     def sha256(self) -> str:
-        """Hash of the images and their record."""
-        return _checksum(self.images, fingerprint.canonical_json(self.record))
+        """Hash of the images, their record and their latents."""
+        return _checksum(self.images, fingerprint.canonical_json(self.record), self.latents)
 
     @property
     def last(self) -> int:
@@ -146,7 +148,9 @@ class CellStore:
         record = fingerprint.canonical_json(chunk.record)
         metadata = {"key": self.key, "record": record, "sha256": chunk.sha256}
         path = self._path(chunk.first, chunk.last)
-        artifact.write_bytes(path, save_tensors({"images": chunk.images.contiguous()}, metadata=metadata))
+        tensors = {"images": chunk.images} | ({} if chunk.latents is None else {"latents": chunk.latents})
+        packed = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
+        artifact.write_bytes(path, packed)
 
     def fetch(self, first: int, last: int) -> Chunk | None:
         """The chunk of these seeds; None where it must be made (again), a damaged file being set aside."""
@@ -172,6 +176,14 @@ class CellStore:
         found = sorted(folder.iterdir()) if folder.is_dir() else []
         return [_explain(path.name) for path in found]
 
+    def sha256(self, seeds: range) -> str | None:
+        """The hash that the chunk of these seeds says it has, without reading its images; None where there is none."""
+        try:
+            with safe_open(str(self._path(seeds[0], seeds[-1])), framework="pt") as file:
+                return (file.metadata() or {}).get("sha256")
+        except (OSError, SafetensorError):
+            return None
+
     def has(self, seeds: range) -> bool:
         """Whether there is a chunk file of these seeds; whole or not only :meth:`fetch` finds out."""
         return self._path(seeds[0], seeds[-1]).exists()
@@ -184,15 +196,16 @@ class CellStore:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 images = file.get_tensor("images")
+                latents = file.get_tensor("latents") if "latents" in file.keys() else None  # noqa: SIM118 - no mapping
             record = metadata["record"]
             key, sha256 = metadata["key"], metadata["sha256"]
         except (OSError, SafetensorError, KeyError) as error:
             raise DamagedChunk("unreadable") from error
-        if sha256 != _checksum(images, record):
+        if sha256 != _checksum(images, record, latents):
             raise DamagedChunk("checksum")
         if key != self.key or len(images) != last - first + 1:
             raise DamagedChunk("foreign")
-        return Chunk(first, images, json.loads(record))
+        return Chunk(first, images, json.loads(record), latents)
 
     def _set_aside(self, path: Path, why: str) -> None:
         folder = self.folder / QUARANTINE
@@ -236,9 +249,12 @@ def _scores(seeds: range) -> str:
     return f"scores-{_span(seeds)}"
 
 
-def _checksum(images: Tensor, record: str) -> str:
+def _checksum(images: Tensor, record: str, latents: Tensor | None) -> str:
     digest = hashlib.sha256(f"{tuple(images.shape)}|{images.dtype}|{record}|".encode())
     digest.update(fingerprint.tensor_bytes(images))
+    if latents is not None:
+        digest.update(f"{tuple(latents.shape)}|{latents.dtype}|".encode())
+        digest.update(fingerprint.tensor_bytes(latents))
     return digest.hexdigest()
 
 

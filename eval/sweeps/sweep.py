@@ -16,6 +16,7 @@ from fewstep.eval.drawing.scheduling import DEFAULT_GRID, canonical, with_grid
 from fewstep.eval.metrics import Metric
 from fewstep.eval.sweeps.cell import Cell
 from fewstep.eval.sweeps.exclusion import Rule, excluded, make_rule
+from fewstep.eval.sweeps.reference_arm import ReferenceArm, make_arm
 from fewstep.eval.sweeps.results import Results
 from fewstep.eval.sweeps.sources import Source, make_sources
 from fewstep.eval.sweeps.transforms import NONE, Transform, distinct_names, make_transform
@@ -54,6 +55,12 @@ class Sweep:
         prompts: seed i gets ``prompts[i % len(prompts)]``; the model's own where left out.
         metrics: names or :class:`~fewstep.eval.metrics.Metric` objects. Where left out: for an embedded model FID, CLIP
             score and class accuracy, FID alone where it draws without prompts, and for a pipeline of yours none.
+        fidelity: against which cell of the same model, guidance and seeds each image is held (latent RMS error, PSNR, SSIM):
+            ``"same"`` for the cell's own scheduler and steps without cache and quantisation, ``"DDIM@100"`` for DDIM at 100
+            steps; with ``{"reference": ..., "lpips": ..., "features": ...}`` also LPIPS or the distance in a feature net.
+            References that no axis asks for become cells of their own. Left out: no reference.
+        trackers: accelerate's experiment trackers that each finished cell's numbers go to, by name (``"tensorboard"``,
+            ``"wandb"``) or as ``accelerate.tracking.GeneralTracker``.
         call: further arguments of the pipeline (``eta``, ``height``, ...), JSON values.
         device: where to compute; an embedded model goes to the accelerator where there is one, a pipeline of yours
             stays where it is, when left out.
@@ -79,6 +86,8 @@ class Sweep:
     limit: int | None = None
     prompts: Sequence[str] | None = None
     metrics: Sequence[str | Metric] | None = None
+    fidelity: str | Mapping[str, Any] | None = None
+    trackers: Sequence[Any] = ()
     call: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
 
@@ -160,7 +169,7 @@ class Sweep:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """All cells that are not excluded, model by model, scheduler by scheduler."""
+        """All cells that are not excluded, model by model, scheduler by scheduler; a reference before those it is of."""
         values = self.axes
         rules = self._rules(values)
         cells = []
@@ -172,7 +181,13 @@ class Sweep:
         kept = tuple(cell for cell in cells if not excluded(cell, rules))
         if not kept:
             raise FewstepError(f"exclude leaves none of {len(cells)} cells; give rules that leave some")
-        return kept
+        arm = self.arm
+        return kept if arm is None else tuple(dict.fromkeys(one for cell in kept for one in (arm.of(cell), cell)))
+
+    @property
+    def arm(self) -> ReferenceArm | None:
+        """The reference arm, where fidelity is asked for."""
+        return make_arm(self.fidelity)
 
     @property
     def axes(self) -> dict[str, tuple[Any, ...]]:
@@ -189,7 +204,9 @@ class Sweep:
             "seed": tuple(self.seed + block * self.samples for block in range(self.blocks)),
         }
 
-    def run(self, out: str | Path, *, progress: bool = True, command: Sequence[str] | None = None) -> Results:
+    def run(
+        self, out: str | Path, *, progress: bool = True, command: Sequence[str] | None = None, ray: str | None = None
+    ) -> Results:
         """Run what is missing below ``out`` and write results.csv, results.json and manifest.json.
 
         Killed at any moment and called again it goes on where it was, and ends with the images and scores of a run that
@@ -201,18 +218,20 @@ class Sweep:
             out: folder; made where missing.
             progress: a progress bar with the time left on standard error.
             command: what stands in the manifest as the command line; ``sys.argv`` where left out.
+            ray: run the cells as tasks on Ray: ``"local"`` starts workers on this machine, ``"auto"`` or an address joins a
+                cluster, whose machines all see ``out`` under its path. A program that is connected to one stays so.
 
         Returns:
             One row a cell; failed cells are rows too (``results.failed``).
 
         Raises:
-            FewstepError: for a scheduler option or a metric that cannot be, before anything is written.
+            FewstepError: for a scheduler option, a metric or a tracker that cannot be, or no Ray, before anything is written.
             BlockingIOError: where another process runs a sweep into ``out``.
             OSError: where ``out`` cannot be written, or another process of the launch died; what was finished stays.
         """
         from fewstep.eval.sweeps.run import run
 
-        return run(self, Path(out), progress=progress, command=command)
+        return run(self, Path(out), progress=progress, command=command, ray=ray)
 
     def estimate(self, out: str | Path | None = None) -> SweepEstimate:
         """What a run would draw and cost, with nothing written.

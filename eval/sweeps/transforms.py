@@ -173,22 +173,26 @@ def _patched(module: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class _Room:
-    """Where the methods of an axis live, and how the room puts one around a pipeline."""
+    """Where the methods of an axis live, and how the room puts one around a pipeline.
+
+    Attributes:
+        name: of its module.
+        base: of its methods' base class.
+    """
 
     name: str
-    verbs: tuple[str, ...]
+    base: tuple[str, str]
     around: Callable[[ModuleType, Any, Any], AbstractContextManager[Any]]
 
     def module(self) -> ModuleType:
         return importlib.import_module(self.name)
 
     def methods(self) -> dict[str, Callable[..., Any]]:
-        """Its public classes; none as long as the room lacks the functions that apply them."""
+        """Its public methods by name."""
         module = self.module()
-        if not all(hasattr(module, verb) for verb in self.verbs):
-            return {}
+        base = getattr(importlib.import_module(self.base[0]), self.base[1])
         found = {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
-        return {name: value for name, value in found.items() if inspect.isclass(value)}
+        return {name: kind for name, kind in found.items() if inspect.isclass(kind) and issubclass(kind, base)}
 
     def code(self) -> str:
         """Hash of its sources: a repaired method must not inherit the images of the broken one."""
@@ -214,8 +218,8 @@ def _quantized(quant: Any, pipe: Any, config: Any) -> Iterator[None]:
 
 
 _ROOMS: dict[str, _Room] = {
-    "cache": _Room("fewstep.caching", ("applied",), _cached),
-    "quant": _Room("fewstep.quant", ("quantize_", "dequantize_"), _quantized),
+    "cache": _Room("fewstep.caching", ("fewstep.caching.method", "Method"), _cached),
+    "quant": _Room("fewstep.quant", ("fewstep.quant.methods.base", "Method"), _quantized),
 }
 
 

@@ -55,6 +55,13 @@ def sweep(
     caches: Annotated[list[str] | None, typer.Option(help=f"{_SPECS}.  [none]")] = None,
     quants: Annotated[list[str] | None, typer.Option(help=f"{_SPECS}.  [none]")] = None,
     metrics: Annotated[list[str] | None, typer.Option(help=f"{_SPECS}; what fits the model where left out.")] = None,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(
+            help="Hold each image against a reference of its seed: 'same' for its own scheduler without cache and "
+            "quantisation, or such as 'DDIM@100', DDIM at 100 steps.",
+        ),
+    ] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Images a cell.  [1000]")] = None,
     blocks: Annotated[int | None, typer.Option(help="Blocks of seeds, each a cell of its own.  [1]")] = None,
     seed: Annotated[
@@ -63,6 +70,12 @@ def sweep(
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.  [50]")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many images a cell, to try it out.")] = None,
     device: DeviceOption = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help=f"{_SPECS}: tensorboard, wandb, ... gets each finished cell's numbers.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Run the cells on Ray: 'local', 'auto', or the address of a cluster.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; draw and write nothing.")] = False,
 ) -> None:
     """Every scheduler at every number of steps, and so on: images, FID, CLIP score, NFE, seconds. Resumable."""
@@ -81,11 +94,13 @@ def sweep(
         "caches": several(caches),
         "quants": several(quants),
         "metrics": several(metrics),
+        "fidelity": fidelity,
         "samples": samples,
         "blocks": blocks,
         "seed": seed,
         "batch_size": batch_size,
         "limit": limit,
+        "trackers": several(tracker),
         "device": device,
     }
     request = _request(file, {key: value for key, value in given.items() if value is not None})
@@ -99,7 +114,7 @@ def sweep(
     if out is None:
         raise ValueError("--out is missing; give the folder for images and results")
     try:
-        results = request.run(out)
+        results = request.run(out, ray=ray)
     except ProcessLost as error:
         print(f"fewstep: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from error
