@@ -9,8 +9,8 @@ sees the batch twice; budgets count calls.
 
 A scheduler gets the most steps whose calls stay within the budget (Heun's takes two a step, PNDM's one more than its steps).
 
-The reference is diffusers' DPM-Solver++ 2M with 1,000 steps (trailing). How far that is from 500 steps is said beside each
-table: errors not well above it say nothing.
+The reference is diffusers' DPM-Solver++ 2M with 1,000 steps, see benchmarks/subjects.py. How far that is from 500 steps is
+said beside each table: errors not well above it say nothing.
 
 Images of a killed run are kept in --work, and the run goes on from them.
 """
@@ -18,7 +18,6 @@ Images of a killed run are kept in --work, and the run goes on from them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,16 +27,12 @@ import numpy as np
 import torch
 from record import RESULTS, machine, provenance, table, write
 from rich.progress import track
+from subjects import AS_FLOW, REFERENCE, Subject, affordable, quality
 
-from fewstep import eval as evaluation
 from fewstep import pipelines
-from fewstep.eval.drawing.scheduling import scheduler_for
-from fewstep.eval.pairs.latents import capture_latents, latent_rmse
-from fewstep.pipelines import zoo
-from fewstep.pipelines.zoo import folders
+from fewstep.eval.pairs.latents import latent_rmse
 
 BUDGETS = (5, 8, 10, 20, 50)
-REFERENCE = 1000
 
 _DPM = [f"DPMSolverMultistepScheduler(solver_order={order}" for order in (2, 3)]
 DIFFUSION = (
@@ -62,15 +57,14 @@ DIFFUSION = (
     *(f"UniPCMultistepScheduler(solver_order={order}, use_karras_sigmas=True)" for order in (2, 3)),
     *(f"DEISMultistepScheduler(solver_order={order})" for order in (2, 3)),
 )
-_AS_FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
 FLOW = (
     "FlowMatchEulerDiscreteScheduler()",
     "FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)",
     "FlowMatchEulerDiscreteScheduler(shift=2.0)",
     "FlowMatchHeunDiscreteScheduler()",
-    *(f"{dpm}, {_AS_FLOW})" for dpm in _DPM),
-    *(f"UniPCMultistepScheduler(solver_order={order}, {_AS_FLOW})" for order in (2, 3)),
-    *(f"DEISMultistepScheduler(solver_order={order}, {_AS_FLOW})" for order in (2, 3)),
+    *(f"{dpm}, {AS_FLOW})" for dpm in _DPM),
+    *(f"UniPCMultistepScheduler(solver_order={order}, {AS_FLOW})" for order in (2, 3)),
+    *(f"DEISMultistepScheduler(solver_order={order}, {AS_FLOW})" for order in (2, 3)),
 )
 
 
@@ -91,66 +85,16 @@ class Entry:
     images_per_second: float
 
 
-class Subject:
-    """A model with its prompts, at one guidance."""
-
-    def __init__(self, name: str, guidance: float, fidelity: int, work: Path) -> None:
-        self.name = name
-        self.pipe = pipelines.load(name)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.config = self.pipe.scheduler.config
-        self._flow = "FlowMatch" in type(self.pipe.scheduler).__name__
-        self.prompts = zoo.prompts(name)
-        self.guidance = guidance if any(self.prompts) else 1.0
-        self.seeds = range(fidelity)
-        self.work = work
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """Specs of diffusers' schedulers for this model's process."""
-        return tuple(f"diffusers:{spec}" for spec in (FLOW if self._flow else DIFFUSION))
-
-    def latents(self, spec: str, steps: int) -> torch.Tensor:
-        self.pipe.scheduler = scheduler_for(spec, self.config)
-        prompts = [self.prompts[seed % len(self.prompts)] for seed in self.seeds]
-        with capture_latents(self.pipe) as captured:
-            evaluation.draw(self.pipe, prompts, self.seeds, steps=steps, guidance=self.guidance)
-        return captured.latents(len(self.seeds))
-
-    def reference(self, steps: int) -> torch.Tensor:
-        """Latents of many steps, kept for these weights."""
-        key = folders.sha256(next(folders.weights(self.name).rglob("*model.safetensors")))[:12]
-        path = self.work / f"{self.name}-{key}-g{self.guidance:g}-{steps}-{len(self.seeds)}.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.latents(self._referee, steps), path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        latents: torch.Tensor = torch.load(path, weights_only=True)
-        return latents
-
-    @property
-    def _referee(self) -> str:
-        # Every other spacing rounds 1,000 steps to 1,000 times of which two are equal, which ends in an IndexError.
-        options = _AS_FLOW if self._flow else "timestep_spacing='trailing'"
-        return f"diffusers:DPMSolverMultistepScheduler(solver_order=2, {options})"
-
-    def steps(self, spec: str, budget: int) -> int | None:
-        """The most steps within ``budget`` calls; None where the scheduler cannot take so few."""
-        best = None
-        for steps in range(1, budget + 1):
-            with contextlib.suppress(Exception):  # diffusers' schedulers fail in many ways on few steps
-                scheduler = scheduler_for(spec, self.config)
-                scheduler.set_timesteps(steps)
-                if len(scheduler.timesteps) <= budget:
-                    best = steps
-        return best
+def candidates(subject: Subject) -> tuple[str, ...]:
+    """Specs of diffusers' schedulers for this model's process."""
+    return tuple(f"diffusers:{spec}" for spec in (FLOW if subject.flow else DIFFUSION))
 
 
 def ranked(subject: Subject, budget: int, reference: torch.Tensor) -> list[tuple[float, str, int]]:
     """Every candidate's mean error at ``budget`` calls, the best first; what fails or is not finite is left out."""
     found = []
-    for spec in subject.candidates:
-        steps = subject.steps(spec, budget)
+    for spec in candidates(subject):
+        steps = affordable(spec, subject.config, budget)
         if steps is None:
             continue
         try:
@@ -166,10 +110,7 @@ def measured(subject: Subject, images: int) -> Iterator[Entry]:
     reference = subject.reference(REFERENCE)
     for budget in track(BUDGETS, subject.name):
         (error, spec, steps), (second_error, second, _), *_ = ranked(subject, budget, reference)
-        sweep = evaluation.Sweep(
-            subject.name, [spec], [steps], samples=images, guidance=subject.guidance, batch_size=100
-        )
-        row = sweep.run(subject.work / f"{subject.name}-{budget}", progress=False).rows[0]
+        row = quality(subject, spec, steps, images, subject.work / f"{subject.name}-{budget}")
         scores = {name: row.value(name) for name in ("fid", "clip_score", "accuracy")}
         yield Entry(
             subject.name, subject.guidance, budget, spec.removeprefix("diffusers:"), steps, error,

@@ -55,15 +55,15 @@ OFF: dict[str, Any] = {
 BUILDERS: tuple[Multistep, ...] = (
     DDIM(),
     DPMSolver(order=2, **OFF),
-    DPMSolver(order=2, type="heun", **OFF),
+    DPMSolver(order=2, solver_type="heun", **OFF),
     DPMSolver(order=3, **OFF),
     DPMSolver(order=3, third_order="as_published", **OFF),
     DPMSolver(order=2, basis="noise", **OFF),
-    DPMSolver(order=2, basis="noise", type="heun", **OFF),
+    DPMSolver(order=2, basis="noise", solver_type="heun", **OFF),
     DPMSolver(order=3, basis="noise", **OFF),
     *(DEIS(order=order, variable=variable, **OFF) for variable in ("lambda", "rho") for order in (1, 2, 3, 4)),
     *(UniPC(order=order, **OFF) for order in (1, 2, 3, 4)),
-    *(UniPC(order=order, b="bh1", **OFF) for order in (1, 2, 3)),
+    *(UniPC(order=order, solver_type="bh1", **OFF) for order in (1, 2, 3)),
     *(UniPC(order=order, basis="noise", **OFF) for order in (2, 3)),
 )
 PLOTTED = (

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.samplers.generators import Generators, one_each
 
 if TYPE_CHECKING:
     from fewstep.samplers.plan import SolverPlan
@@ -81,16 +82,12 @@ class BrownianPath(NoiseSource):
         self._last: dict[int, tuple[int, int, Array]] = {}
 
     @classmethod
-    def from_generators(
-        cls, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int, *, rate: float = 1.0
-    ) -> BrownianPath:
+    def from_generators(cls, generator: Generators, batch: int, *, rate: float = 1.0) -> BrownianPath:
         """A path with seeds drawn from ``generator``: one for the batch, one a sample, or torch's own for None."""
         if generator is None or isinstance(generator, torch.Generator):
             generators: Sequence[torch.Generator | None] = [generator] * batch
-        elif len(generator) == batch:
-            generators = generator
         else:
-            raise FewstepError(f"{len(generator)} generators were given for a batch of {batch}; one a sample is needed")
+            generators = one_each(generator, batch)
         seeds = [
             int(torch.randint(2**62, (), generator=g, device="cpu" if g is None else g.device)) for g in generators
         ]

@@ -74,7 +74,10 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         DPMSolver, "2206.00927, 2211.01095",
         (
-            *(DPMSolver(order=p, type=k, basis=b) for p in (1, 2) for k in ("midpoint", "heun") for b in ("data", "noise")),
+            *(
+                DPMSolver(order=p, solver_type=k, basis=b)
+                for p in (1, 2) for k in ("midpoint", "heun") for b in ("data", "noise")
+            ),
             *(DPMSolver(order=3, third_order=k, eta=e) for k in ("exact", "as_published") for e in (0.0, 1.0)),
             DPMSolver(order=3, basis="noise"), DPMSolver(order=3, third_order="diffusers_sde", eta=1.0),
         ),
@@ -84,16 +87,16 @@ CAPABILITIES: tuple[Capability, ...] = (
         DPMSolverSinglestep, "2206.00927, 2211.01095",
         (
             *(
-                DPMSolverSinglestep(order=p, type=k, basis=b, placing=at)
+                DPMSolverSinglestep(order=p, solver_type=k, basis=b, placing=at)
                 for p in (1, 2, 3) for k in ("midpoint", "heun") for b in ("data", "noise") for at in ("lambda", "grid")
             ),
-            DPMSolverSinglestep(order=3, second_stage="midpoint"), DPMSolverSinglestep(order=3, eta=0.5, type="heun"),
+            DPMSolverSinglestep(order=3, second_stage="midpoint"), DPMSolverSinglestep(order=3, eta=0.5, solver_type="heun"),
             DPMSolverSinglestep(order=2, r1=0.3, lower_order_final=False),
         ),
         scheduler="DPMSolverSinglestepScheduler", noise="`eta`", calls="1 to 3",
     ),
     Capability(
-        DPMSolverSDE, "2211.01095", (DPMSolverSDE(), DPMSolverSDE(type="heun", eta=0.5)),
+        DPMSolverSDE, "2211.01095", (DPMSolverSDE(), DPMSolverSDE(solver_type="heun", eta=0.5)),
         scheduler="DPMSolverSinglestepScheduler", noise="always", calls="2",
     ),
     Capability(
@@ -104,8 +107,8 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         IPNDM, "2204.13902",
         (
-            *(IPNDM(order=p, steps=k) for p in (1, 2, 3) for k in ("equal", "variable", "diff_sampler")),
-            IPNDM(), IPNDM(steps="variable"),
+            *(IPNDM(order=p, weights=k) for p in (1, 2, 3) for k in ("equal", "variable", "diff_sampler")),
+            IPNDM(), IPNDM(weights="variable"),
         ),
         scheduler="IPNDMScheduler",
     ),
@@ -116,12 +119,12 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     Capability(
         UniPC, "2302.04867",
-        tuple(UniPC(order=p, b=k, basis=b) for p in (1, 2, 3, 4) for k in ("bh1", "bh2") for b in ("data", "noise")),
+        tuple(UniPC(order=p, solver_type=k, basis=b) for p in (1, 2, 3, 4) for k in ("bh1", "bh2") for b in ("data", "noise")),
         scheduler="UniPCScheduler",
     ),
     Capability(
         FlowSolver, "2505.21114 (baseline)",
-        tuple(FlowSolver(order=p, steps=k) for p in (1, 2, 3, 4) for k in ("variable", "equal")),
+        tuple(FlowSolver(order=p, weights=k) for p in (1, 2, 3, 4) for k in ("variable", "equal")),
         families=("flow",), scheduler="FlowScheduler",
     ),
     Capability(
@@ -158,7 +161,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         GHVB, "2307.11118",
         (
-            *(GHVB(order=p, weights=k) for p in (1, 2, 3, 4) for k in ("exact", "published")),
+            *(GHVB(order=p, weights=k) for p in (1, 2, 3, 4) for k in ("variable", "equal")),
             GHVB(order=3, basis="data", variable="lambda"), GHVB(order=3, variable="lambda", beta=0.5),
         ),
         scheduler="GHVBScheduler",

@@ -6,7 +6,7 @@ device tensors, hence no host synchronisation, and constants under ``torch.compi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -17,10 +17,10 @@ from torch import Tensor
 from fewstep.errors import FewstepError, PlanError
 from fewstep.samplers.brownian import NoiseSource
 from fewstep.samplers.convert import Hook, Update, constant_share, conversion
+from fewstep.samplers.generators import Generators, one_each
 from fewstep.samplers.plan import SolverPlan
 from fewstep.samplers.scalar import Scalar
 
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 Randomness: TypeAlias = Generators | NoiseSource
 
 
@@ -246,11 +246,7 @@ def _add(y: Tensor, t: Tensor, w: Scalar) -> Tensor:
 def draw(like: Tensor, generator: Generators) -> Tensor:
     """Standard normal noise of the shape, dtype and device of ``like``; sample i from generator i when a list is given."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != len(like):
-            raise FewstepError(
-                f"{len(generator)} generators were given for a batch of {len(like)}; one a sample is needed"
-            )
-        return torch.cat([draw(like[i : i + 1], g) for i, g in enumerate(generator)])
+        return torch.cat([draw(like[i : i + 1], g) for i, g in enumerate(one_each(generator, len(like)))])
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,18 @@ from fewstep.samplers import spacing
 from fewstep.samplers.scalar import Scalar, value
 from fewstep.samplers.schedule import DiscreteVP, Flow, NoiseSchedule, f64
 from fewstep.samplers.spacing import timesteps as spaced_timesteps
+from fewstep.samplers.spelling import parse_call
 
+Rule = Callable[[float, float, int], Tensor]
+"""(largest, smallest, N) -> N sigmas."""
 Terminal = Literal["zero", "sigma_min"]
 NAMES = (
     *spacing.SPACINGS, "karras", "exponential", "beta", "lu", "uniform_lambda",
     "ays", *(f"ays:{family}" for family in spacing.AYS_SIGMAS),
 )  # fmt: skip
 """Names that :meth:`Grid.named` and the schedulers' ``grid=`` accept, beside a path to a saved grid."""
+_OPTIONS = {"karras": ("rho", "low"), "exponential": ("low",), "lu": ("low",), "beta": ("a", "b", "low")}
+"""What can be given to a name: ``karras(rho=5, low=0.1)``."""
 
 
 class Point(NamedTuple):
@@ -38,6 +44,16 @@ class Point(NamedTuple):
     @property
     def rho(self) -> Scalar:
         return self.sigma / self.alpha if value(self.alpha) else math.inf
+
+    @property
+    def pure_noise(self) -> bool:
+        """Whether alpha = 0 (flow time 1, zero terminal SNR): eps says nothing about where to go from here, x0 does."""
+        return value(self.lam) == -math.inf
+
+    @property
+    def clean(self) -> bool:
+        """Whether sigma = 0."""
+        return value(self.lam) == math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,26 +241,42 @@ class Grid:
         return cls.timesteps(schedule, tau, terminal=terminal, name=spacing)
 
     @classmethod
-    def karras(cls, schedule: NoiseSchedule, n: int, *, rho: float = 7.0, terminal: Terminal = "zero") -> Grid:
-        """EDM's polynomial spacing between the training sigmas (2206.00364, eq. 5)."""
-        return cls._between(schedule, n, terminal, "karras", lambda hi, lo, k: spacing.karras(hi, lo, k, rho))
+    def karras(
+        cls, schedule: NoiseSchedule, n: int, *, rho: float = 7.0, low: float | None = None, terminal: Terminal = "zero"
+    ) -> Grid:
+        """EDM's polynomial spacing between the training sigmas (2206.00364, eq. 5).
+
+        Here and in the three rules that follow, ``low`` is the smallest sigma that is evaluated in place of the smallest of
+        training. With ``terminal="zero"`` the last step leads from there to 0: a few steps should not spend one between
+        two sigmas that are both nearly 0.
+        """
+        return cls._between(schedule, n, terminal, "karras", partial(spacing.karras, rho=rho), low)
 
     @classmethod
-    def exponential(cls, schedule: NoiseSchedule, n: int, *, terminal: Terminal = "zero") -> Grid:
+    def exponential(
+        cls, schedule: NoiseSchedule, n: int, *, low: float | None = None, terminal: Terminal = "zero"
+    ) -> Grid:
         """Uniform in log sigma between the training sigmas."""
-        return cls._between(schedule, n, terminal, "exponential", spacing.exponential)
+        return cls._between(schedule, n, terminal, "exponential", spacing.exponential, low)
 
     @classmethod
     def beta(
-        cls, schedule: NoiseSchedule, n: int, *, a: float = 0.6, b: float = 0.6, terminal: Terminal = "zero"
+        cls,
+        schedule: NoiseSchedule,
+        n: int,
+        *,
+        a: float = 0.6,
+        b: float = 0.6,
+        low: float | None = None,
+        terminal: Terminal = "zero",
     ) -> Grid:
         """Beta(a, b) quantiles of sigma between the training sigmas (2407.12173)."""
-        return cls._between(schedule, n, terminal, "beta", lambda hi, lo, k: spacing.beta(hi, lo, k, a, b))
+        return cls._between(schedule, n, terminal, "beta", partial(spacing.beta, a=a, b=b), low)
 
     @classmethod
-    def lu(cls, schedule: NoiseSchedule, n: int, *, terminal: Terminal = "zero") -> Grid:
+    def lu(cls, schedule: NoiseSchedule, n: int, *, low: float | None = None, terminal: Terminal = "zero") -> Grid:
         """diffusers' ``use_lu_lambdas``: N sigmas uniform in log sigma, then the end. Equal to :meth:`exponential`."""
-        return cls._between(schedule, n, terminal, "lu", spacing.exponential)
+        return cls._between(schedule, n, terminal, "lu", spacing.exponential, low)
 
     @classmethod
     def uniform_lambda(cls, schedule: NoiseSchedule, n: int, *, terminal: Terminal = "sigma_min") -> Grid:
@@ -276,11 +308,17 @@ class Grid:
         return cls.sigmas(schedule, spacing.ays(family, n), terminal=terminal, name=f"ays:{family}")
 
     @classmethod
-    def _between(cls, schedule: NoiseSchedule, n: int, terminal: Terminal, name: str, rule: Any) -> Grid:
+    def _between(
+        cls, schedule: NoiseSchedule, n: int, terminal: Terminal, name: str, rule: Rule, low: float | None
+    ) -> Grid:
         _check_steps(n)
         hi, lo = _finite_range(schedule)
         if isinstance(schedule, Flow):  # between the ends of the shifted grid, as FlowMatchEuler places them
             hi, lo = schedule.shifted(f64([1.0, schedule.linspace_end])).tolist()
+        if low is not None:
+            if not 0 < low < hi:
+                raise GridError(f"the smallest sigma of a grid lies between 0 and the largest, {hi:g}; got low={low!r}")
+            lo = float(low)
         k = n + 1 if terminal == "sigma_min" else n  # the smallest sigma is then the end, not an evaluation
         values = rule(hi, lo, k)
         values = values if terminal == "sigma_min" else torch.cat([values, f64([0.0])])
@@ -300,6 +338,8 @@ class Grid:
     ) -> Grid:
         """The grid that a config names: one of :data:`NAMES`, or the path of a saved grid (which fixes its own length).
 
+        Rules take their options in parentheses: ``karras(rho=5, low=0.1)``, ``exponential(low=0.1)``, ``beta(a=1, b=1)``.
+
         Raises:
             GridError: unknown name, or a saved grid of another length.
             ArtifactError: a saved grid that cannot be read or belongs to another schedule.
@@ -316,12 +356,18 @@ class Grid:
             )  # fmt: skip
         if name == "ays" or name.startswith("ays:"):
             return cls.ays(schedule, n, family=name.partition(":")[2] or "sd", terminal=terminal)  # type: ignore[arg-type]
-        rules = {"karras": cls.karras, "exponential": cls.exponential, "beta": cls.beta, "lu": cls.lu}
         if name == "uniform_lambda":
             return cls.uniform_lambda(schedule, n, terminal=terminal)
-        if name not in rules:
-            raise GridError(unknown("grid", name, (*NAMES, "a path ending in .json")))
-        return rules[name](schedule, n, terminal=terminal)
+        rule, options = parse_call(name, "grid") if "(" in name else (name, {})
+        if rule not in _OPTIONS:
+            raise GridError(unknown("grid", rule, (*NAMES, "a path ending in .json")))
+        for key, number in options.items():
+            if key not in _OPTIONS[rule]:
+                raise GridError(unknown(f"option of the grid {rule}", key, _OPTIONS[rule]))
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+                raise GridError(f"{key} of the grid {rule} is a positive number, got {number!r}")
+        made: Grid = getattr(cls, rule)(schedule, n, terminal=terminal, **options)
+        return replace(made, name=name)
 
     # -- files --------------------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> None:

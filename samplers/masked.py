@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
+from fewstep.samplers.generators import Generators, one_each
 
 
 def linear_time(masked: Tensor) -> Tensor:
@@ -200,10 +199,6 @@ def _categorical(p: Tensor, generator: Generators) -> Tensor:
 def _uniform(shape: Sequence[int], device: torch.device, generator: Generators) -> Tensor:
     """float64 uniform on (0, 1]; sample i from generator i when a list is given."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != shape[0]:
-            raise FewstepError(
-                f"{len(generator)} generators were given for a batch of {shape[0]}; one a sample is needed"
-            )
-        return torch.cat([_uniform((1, *shape[1:]), device, g) for g in generator])
+        return torch.cat([_uniform((1, *shape[1:]), device, g) for g in one_each(generator, shape[0])])
     home = device if generator is None else generator.device
     return (1 - torch.rand(*shape, generator=generator, device=home, dtype=torch.float64)).to(device)

@@ -6,11 +6,10 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from fewstep.errors import FewstepError, PlanError
 from fewstep.samplers.grid import Grid
-from fewstep.samplers.plan import SolverPlan
+from fewstep.samplers.plan import SolverPlan, widened
 from fewstep.samplers.schedule import f64
 
 
@@ -51,8 +50,8 @@ def analytic_first_step(plan: SolverPlan, data_variance: float = 1.0) -> SolverP
     )
     c = plan.state[0, 0] + given * plan.output[0, 0]
     n = plan.steps - 1
-    state, output = (_widened(values[1:], n) for values in (plan.state, plan.output))
-    old = [_widened(values[1:], n + 1) for values in (plan.state, plan.output)]
+    state, output = (widened(values[1:], n) for values in (plan.state, plan.output))
+    old = [widened(values[1:], n + 1) for values in (plan.state, plan.output)]
     for i in range(n):
         # row i + 1 of the plan: what it makes of X_0 and m_0, column i + 1, is now a multiple of X_1, column i
         state[i, i] = state[i, i] + (old[0][i, i + 1] + given * old[1][i, i + 1]) / c
@@ -87,7 +86,7 @@ def scaled_noise(plan: SolverPlan, factor: float) -> SolverPlan:
     """
     if not 0 < factor < math.inf:
         raise FewstepError(f"the factor of eps must be positive, got {factor!r}")
-    state, output = _widened(plan.state, max(plan.state.shape[1], plan.output.shape[1])), plan.output.clone()
+    state, output = widened(plan.state, max(plan.state.shape[1], plan.output.shape[1])), plan.output.clone()
     for i in range(plan.steps):
         for k in range(min(plan.output.shape[1], i + 1)):
             j, w = i - k, plan.output[i, k]
@@ -112,10 +111,3 @@ def to_zero(grid: Grid) -> Grid:
     whole = Grid.lambdas(grid.schedule, torch.cat([grid.lam, f64([math.inf])]), name=f"{grid.name}, to zero")
     told = torch.cat([grid.model_time, whole.model_time[-1:]])
     return replace(whole, model_time=told)
-
-
-def _widened(values: Tensor, width: int) -> Tensor:
-    """``values`` with columns of zeros up to ``width``, and none behind it; a copy."""
-    own = values.shape[2:]
-    missing = torch.zeros(len(values), max(0, width - values.shape[1]), *own, dtype=values.dtype)
-    return torch.cat([values[:, :width], missing], 1)

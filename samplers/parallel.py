@@ -21,6 +21,7 @@ from fewstep.errors import FewstepError
 from fewstep.samplers.brownian import NoiseSource
 from fewstep.samplers.convert import Hook, Update, conversion
 from fewstep.samplers.executor import Executor, Randomness, Run, draw
+from fewstep.samplers.generators import one_each
 from fewstep.samplers.plan import SolverPlan
 
 BatchedModel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -260,6 +261,4 @@ def _sources(plan: SolverPlan, generator: Randomness, batch: int) -> Sequence[Ra
         raise FewstepError(
             f"one generator was given for a batch of {batch}; the samples of a parallel run need one each, or a BrownianPath"
         )
-    if len(generator) != batch:
-        raise FewstepError(f"{len(generator)} generators were given for a batch of {batch}; one a sample is needed")
-    return list(generator)
+    return one_each(generator, batch)

@@ -445,6 +445,12 @@ def plan_from_arrays(
     )
 
 
+def widened(columns: Tensor, width: int) -> Tensor:
+    """``columns`` (N, W, ...) as (N, ``width``, ...): zeros are added behind, or what is there is cut off; a copy."""
+    missing = columns.new_zeros(len(columns), max(0, width - columns.shape[1]), *columns.shape[2:])
+    return torch.cat([columns[:, :width], missing], 1)
+
+
 def _used(coefficients: Tensor) -> Tensor:
     """(N, width) bool: which coefficients are not zero, in any dimension."""
     return (coefficients != 0).flatten(2).any(2) if coefficients.ndim > 2 else coefficients != 0

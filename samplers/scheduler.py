@@ -34,7 +34,7 @@ MODEL_OPTIONS: dict[str, Any] = {
     # where the steps go: ``grid`` wins over diffusers' flags
     "grid": None, "timestep_spacing": "linspace", "steps_offset": 0, "lambda_min_clipped": -math.inf,
     "final_sigmas_type": "zero", "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
+    "use_lu_lambdas": False, "sigma_schedule": None,
     # the noise of stochastic methods: a draw a step, or one Brownian path a sample that all step counts share
     "brownian": False,
     # pixel-space models

@@ -13,7 +13,6 @@ from fewstep.samplers.forms import Form, direction, plan_from_forms, predict_cor
 from fewstep.samplers.grid import Grid, Point
 from fewstep.samplers.lagrange import Basis, Row, lagrange_row
 from fewstep.samplers.plan import SolverPlan, plan_from_rows
-from fewstep.samplers.scalar import value
 from fewstep.samplers.schedule import NoiseSchedule
 
 
@@ -137,7 +136,7 @@ class Multistep(Solver):
 
         No later row reads that output: a node at lambda = -inf carries no weight.
         """
-        return self.basis == "noise" and math.isinf(value(points[0].lam))
+        return self.basis == "noise" and points[0].pure_noise
 
     @property
     def convergence_order(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.samplers.config import normalised
+from fewstep.samplers.spelling import parse_call
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,13 @@ def parse_spec(text: str) -> Spec:
     library, _, rest = (
         text.strip().rpartition(":") if text.strip().startswith("diffusers:") else ("fewstep", "", text.strip())
     )
-    form = "NAME or NAME(key=value, ...)"
-    try:
-        tree = ast.parse(rest, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null characters, parentheses without end
-        raise FewstepError(f"cannot read the scheduler {text!r}; write it as {form}") from None
-    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-    if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
-        raise FewstepError(f"cannot read the scheduler {text!r}; write it as {form}")
-    options = {str(k.arg): _literal(k.value, text) for k in call.keywords}
+    name, options = parse_call(rest, "scheduler")
     classes = _classes(library)
-    name = call.func.id
     if library == "fewstep" and f"{name}Scheduler" in classes:
         name = f"{name}Scheduler"
     if name not in classes:
         short = [n if library == "diffusers" else n.removesuffix("Scheduler") for n in classes]
-        raise FewstepError(unknown(f"{library} scheduler", call.func.id, short))
+        raise FewstepError(unknown(f"{library} scheduler", name, short))
     keys = set(inspect.signature(classes[name].__init__).parameters) - {"self"}
     for key in options:
         if key not in keys:
@@ -82,20 +73,6 @@ def make_scheduler(spec: str | Spec, config: Mapping[str, Any]) -> Any:
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     source = normalised(config) if spec.library == "diffusers" else config
     return spec.scheduler_class.from_config(source, **dict(spec.options))
-
-
-def _literal(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Name):
-        return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
-    try:
-        found = ast.literal_eval(node)
-        if ast.literal_eval(repr(found)) != found:  # not a number; infinity is refused by reading its repr
-            raise ValueError(found)
-        return found
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        raise FewstepError(
-            f"cannot read an option of {text!r}; values are numbers, strings, lists, True, False, None"
-        ) from None
 
 
 def _classes(library: str) -> dict[str, type[Any]]:

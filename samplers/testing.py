@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,24 @@ class GaussianMixture:
                 s = schedule.sigma_data
                 return (x0 - s**2 / (sigma**2 + s**2) * x) * torch.sqrt(sigma**2 + s**2) / (sigma * s)
             raise FewstepError(unknown("prediction type of an exact model", schedule.prediction, ("epsilon", "sample")))
+
+        return network
+
+    def guided(
+        self, schedule: NoiseSchedule, components: Sequence[int], scale: float
+    ) -> Callable[[Tensor, float | Tensor], Tensor]:
+        """A network with classifier-free guidance, u + ``scale`` (c - u): u of this mixture, c of some of its components.
+
+        Guidance makes the flow much harder to follow than a scale of 1, and no closed form of it is known.
+        """
+        kept = torch.tensor(list(components))
+        weights = self.weights[kept] / self.weights[kept].sum()
+        part = GaussianMixture(self.means[kept], self.stds[kept], weights).model(schedule)
+        whole = self.model(schedule)
+
+        def network(x: Tensor, tau: float | Tensor) -> Tensor:
+            unconditional = whole(x, tau)
+            return unconditional + scale * (part(x, tau) - unconditional)
 
         return network
 

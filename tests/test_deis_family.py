@@ -72,7 +72,7 @@ def test_rows_in_time_are_exact_for_polynomials_in_time(name, order):
 def test_where_time_is_rho_the_variables_are_one():
     assert_same_rows(DEIS(order=3, variable="t", **FULL), DEIS(order=3, variable="rho", **FULL), SCHEDULES["edm"])
     assert_same_rows(LMS(order=3), DEIS(order=3, variable="rho", **FULL))
-    assert_same_rows(IPNDM(order=4, steps="variable"), LMS(order=4))
+    assert_same_rows(IPNDM(order=4, weights="variable"), LMS(order=4))
     for solver in (DEIS(order=1, variable="t"), IPNDM(order=1), LMS(order=1)):
         assert_same_result(solver, samplers.DDIM(), "vp")
 
@@ -97,8 +97,8 @@ def test_rows_in_time_carry_gradients():
 @pytest.mark.parametrize(
     "solver",
     [
-        DEIS(order=3, variable="t", **FULL), LMS(), *(IPNDM(steps=k) for k in ("equal", "variable")),
-        IPNDM(order=3, steps="diff_sampler"),
+        DEIS(order=3, variable="t", **FULL), LMS(), *(IPNDM(weights=k) for k in ("equal", "variable")),
+        IPNDM(order=3, weights="diff_sampler"),
     ],
     ids=str,
 )  # fmt: skip
@@ -160,7 +160,7 @@ def rho_grid(n, *pattern):
 
 def test_equal_step_weights_are_right_on_equal_steps_only():
     """The published weights against the exact ones, where long and short steps take turns: order 1 against 2."""
-    equal, variable = IPNDM(order=2), IPNDM(order=2, steps="variable")
+    equal, variable = IPNDM(order=2), IPNDM(order=2, weights="variable")
     assert slope(equal, VP, GAUSSIAN, lambda n: rho_grid(n, 1.0)) == pytest.approx(2, abs=0.25)
     assert slope(equal, VP, GAUSSIAN, lambda n: rho_grid(n, 2.0, 1.0)) == pytest.approx(1, abs=0.25)
     assert slope(variable, VP, GAUSSIAN, lambda n: rho_grid(n, 2.0, 1.0)) == pytest.approx(2, abs=0.25)
@@ -185,7 +185,7 @@ def local_error(solver, h):
 )  # fmt: skip
 def test_one_step_error_shows_the_misplaced_terms(steps, order, expected):
     """diff-sampler's ipndm_v is of lower order than the exact weights from order 3 on, and inconsistent at order 4."""
-    solver = IPNDM(order=order, steps=steps)
+    solver = IPNDM(order=order, weights=steps)
     h = 0.1 if expected > 1 else 0.01  # the inconsistency is small: it shows once what h^3 adds is smaller
     assert math.log2(local_error(solver, h) / local_error(solver, h / 2)) == pytest.approx(expected, abs=0.3)
 
@@ -197,9 +197,9 @@ def test_diff_samplers_weights():
     past = past[::-1]
     scale = t.alpha * (t.rho - past[0].rho)
     for order, expected in ((2, [36, -12]), (3, [46, -32, 10]), (4, [57, -65, 43, -11])):
-        row = IPNDM(order=order, steps="diff_sampler").row(past[0], t, past[:order])
+        row = IPNDM(order=order, weights="diff_sampler").row(past[0], t, past[:order])
         assert [24 * w / scale for w in row.outputs] == pytest.approx(expected, rel=1e-9)
-    plan = IPNDM(steps="diff_sampler").compile(VP, Grid.lambdas(VP, LAM))
+    plan = IPNDM(weights="diff_sampler").compile(VP, Grid.lambdas(VP, LAM))
     assert plan.problems()  # its fourth-order rows do not even keep a constant
 
 
@@ -262,7 +262,7 @@ def test_ipndm_equals_diffusers():
 
 def test_schedulers_describe_their_solvers():
     for scheduler, solver in (
-        (samplers.IPNDMScheduler(solver_order=3, steps="variable"), IPNDM(order=3, steps="variable")),
+        (samplers.IPNDMScheduler(solver_order=3, weights="variable"), IPNDM(order=3, weights="variable")),
         (samplers.LMSScheduler(solver_order=2), LMS(order=2)),
         (samplers.DEISScheduler(solver_order=3, solver_type="t"), DEIS(order=3, variable="t")),
     ):
@@ -274,7 +274,7 @@ def test_schedulers_describe_their_solvers():
     assert loaded.solver() == IPNDM()
     for make, match in (
         (lambda: DEIS(variable="time"), "DEIS variable"),
-        (lambda: IPNDM(steps="even"), "iPNDM steps"),
+        (lambda: IPNDM(weights="even"), "weights of iPNDM"),
         (lambda: IPNDM(order=5), "orders 1 to 4"),
         (lambda: DEIS(variable="t").row(*points([0.0, 1.0]), []), "depend on the schedule"),
     ):

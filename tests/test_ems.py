@@ -142,7 +142,7 @@ def test_two_kinds_of_statistics_are_dpm_solver(statistics, basis, order):
         for lam in (LAM, torch.cat([LAM, f64([math.inf])])):
             grid, x = Grid.lambdas(schedule, lam), normal(4, 2)
             ours = EMS(order=order, statistics=statistics, corrector="none", **FULL).compile(schedule, grid)
-            theirs = DPMSolver(order=order, basis=basis, type="heun", **FULL).compile(schedule, grid)
+            theirs = DPMSolver(order=order, basis=basis, solver_type="heun", **FULL).compile(schedule, grid)
             a, b = (sample(MIXTURE.model(schedule), x, plan) for plan in (ours, theirs))
             assert torch.allclose(a, b, rtol=1e-11, atol=1e-11)
             assert ours.problems() == []  # constant x0 and eps are exact here
@@ -161,7 +161,7 @@ def test_the_exact_corrector_is_unic(order):
         assert not torch.allclose(ours.output[4:, :3], theirs.output[4:, :3], rtol=1e-11, atol=1e-12)
     assert_same_rows(
         EMS(order=order, statistics=NOISE, corrector="none", **FULL),
-        DPMSolver(order=order, basis="noise", type="heun", **FULL),
+        DPMSolver(order=order, basis="noise", solver_type="heun", **FULL),
     )
 
 

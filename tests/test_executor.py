@@ -530,7 +530,7 @@ def test_sample_itself_compiles():
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "solver", [DDIM(), DPMSolver(order=2), DPMSolver(order=3, **FULL), UniPC(order=2), UniPC(order=2, b="bh1", basis="noise"),
+    "solver", [DDIM(), DPMSolver(order=2), DPMSolver(order=3, **FULL), UniPC(order=2), UniPC(order=2, solver_type="bh1", basis="noise"),
                DEIS(order=3, variable="rho")],
     ids=str,
 )  # fmt: skip
@@ -552,7 +552,7 @@ def test_gradients_reach_the_grid(solver, name):
 @pytest.mark.parametrize(
     "solver",
     [DDIM(eta=1.0), DDIM(eta=0.5), SDE, DPMSolver(order=3, **FULL), DPMSolver(basis="noise"), UniPC(order=3, **FULL),
-     UniPC(order=2, b="bh1", basis="noise"), DEIS(order=3, variable="rho")],
+     UniPC(order=2, solver_type="bh1", basis="noise"), DEIS(order=3, variable="rho")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["v_prediction", "flow_prediction", "edm"])

@@ -59,7 +59,7 @@ def test_equal_steps_have_the_classical_weights():
         (4, [55 / 24, -59 / 24, 37 / 24, -9 / 24]),
     ):
         for steps in ("variable", "equal"):
-            plan = FlowSolver(order=order, steps=steps).compile(SCHEDULE, grid)
+            plan = FlowSolver(order=order, weights=steps).compile(SCHEDULE, grid)
             # lambda and back costs some digits near sigma = 1 and 0
             assert (plan.output[order:, :order] * -8 - f64(weights)).abs().max() < 1e-9
             assert plan.basis == ("velocity",) * 8
@@ -204,7 +204,7 @@ def test_adams_has_its_order(order, even):
 
 
 def test_equal_step_weights_are_of_first_order_where_steps_take_turns():
-    equal = FlowSolver(order=2, steps="equal")
+    equal = FlowSolver(order=2, weights="equal")
     assert slope(equal, GAUSSIAN, lambda n: sigma_grid(n, 1.0)) == pytest.approx(2, abs=0.25)
     assert slope(equal, GAUSSIAN, lambda n: sigma_grid(n, 2.0, 1.0), (96, 192)) == pytest.approx(1, abs=0.25)
     assert slope(FlowSolver(order=2), GAUSSIAN, lambda n: sigma_grid(n, 2.0, 1.0)) == pytest.approx(2, abs=0.25)
@@ -228,7 +228,7 @@ def test_runge_kutta_has_its_order(method, pattern):
 @pytest.mark.parametrize(
     "solver",
     [
-        *(FlowSolver(order=p, steps=k) for p in (2, 4) for k in ("variable", "equal")), FlowTurbo(), FlowTurbo(heun=2),
+        *(FlowSolver(order=p, weights=k) for p in (2, 4) for k in ("variable", "equal")), FlowTurbo(), FlowTurbo(heun=2),
         *(RungeKutta(k, basis="velocity") for k in ("heun", "midpoint", "kutta3", "rk4")),
     ],
     ids=str,
@@ -302,7 +302,7 @@ def test_tables_are_triangular():
     [
         (lambda: FlowSolver().compile(SCHEDULES["vp"], Grid.karras(SCHEDULES["vp"], 4)), "flow models"),
         (lambda: FlowTurbo().compile(SCHEDULES["edm"], Grid.karras(SCHEDULES["edm"], 4)), "flow models"),
-        (lambda: FlowSolver(steps="even"), "kind of steps"),
+        (lambda: FlowSolver(weights="even"), "weights of FlowSolver"),
         (lambda: FlowSolver(order=5), "orders 1 to 4"),
         (lambda: FlowTurbo(heun=0), "heun=0"),
         (lambda: NeuralSolver().compile(SCHEDULES["edm"], Grid.karras(SCHEDULES["edm"], 5)), "flow and vp"),
@@ -329,7 +329,7 @@ def test_too_few_calls_are_named():
     ("options", "solver"),
     [
         ({"solver_order": 3}, FlowSolver(order=3)),
-        ({"method": "adams_equal"}, FlowSolver(steps="equal")),
+        ({"method": "adams_equal"}, FlowSolver(weights="equal")),
         ({"method": "flowturbo", "heun_steps": 2}, FlowTurbo(heun=2)),
     ],
 )

@@ -481,8 +481,8 @@ def test_near_duplicates_give_finite_coefficients_and_duplicates_are_refused(nam
     lam = sorted([*lam, *(x + 1e-6 for x in rng.sample(lam, 3))])
     grid = Grid.lambdas(schedule, [*lam, math.inf])
     for solver in (
-        DPMSolver(order=2), DPMSolver(order=3), DPMSolver(order=2, type="heun", eta=1.0), UniPC(order=3),
-        UniPC(order=2, b="bh1", basis="noise"), DEIS(order=3), DEIS(order=3, variable="rho"),
+        DPMSolver(order=2), DPMSolver(order=3), DPMSolver(order=2, solver_type="heun", eta=1.0), UniPC(order=3),
+        UniPC(order=2, solver_type="bh1", basis="noise"), DEIS(order=3), DEIS(order=3, variable="rho"),
     ):  # fmt: skip
         plan = solver.compile(schedule, grid)
         assert plan.output.isfinite().all()

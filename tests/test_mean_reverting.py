@@ -291,7 +291,7 @@ def test_scaled_noise_keeps_the_mean(name):
 
 
 def test_solvers_with_inexact_rows_run_on_the_centred_process():
-    for solver in (EMS(), IPNDM(steps="diff_sampler")):
+    for solver in (EMS(), IPNDM(weights="diff_sampler")):
         assert not MeanReverting(solver).consistent
         plan = MeanReverting(solver).compile(SDE, Grid.uniform_lambda(SDE, 6))
         # at x = mu the mean is kept, whatever the rows: eps = 0 and x0 = mu there

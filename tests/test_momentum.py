@@ -70,7 +70,7 @@ def test_momentum_on_plms_is_the_published_loop(kind, order, beta):
             g = (1 - beta) * v + beta * g if kind == "nesterov" else v
         xbar = xbar + (rho[i + 1] - rho[i]) * g
     if kind == "ghvb":
-        solver = GHVB(order=order, beta=beta, weights="published", **FULL)
+        solver = GHVB(order=order, beta=beta, weights="equal", **FULL)
     else:
         solver = HeavyBall(IPNDM(order=order, **FULL), beta=beta, nesterov=kind == "nesterov")
     # a Lipschitz constant of about 5 over 9 steps magnifies rounding by at most 1e4
@@ -129,9 +129,9 @@ def test_beta_one_is_the_base(base, nesterov):
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_ghvb_without_momentum_is_adams_bashforth(order):
     assert_same_rows(GHVB(order=order, beta=1.0, **FULL), DEIS(order=order, variable="rho", **FULL))
-    assert_same_rows(GHVB(order=order, beta=1.0, weights="published", **FULL), IPNDM(order=order, **FULL))
+    assert_same_rows(GHVB(order=order, beta=1.0, weights="equal", **FULL), IPNDM(order=order, **FULL))
     data = GHVB(order=min(order, 3), beta=1.0, basis="data", variable="lambda", **FULL)
-    assert_same_rows(data, DPMSolver(order=min(order, 3), type="heun", **FULL))
+    assert_same_rows(data, DPMSolver(order=min(order, 3), solver_type="heun", **FULL))
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.8])
@@ -141,7 +141,7 @@ def test_the_published_weights_are_the_limit_of_the_exact_ones(order, beta):
     rho = torch.linspace(4.0, 0.5, 61, dtype=torch.float64)
     grid = Grid.lambdas(VP, -rho.log())
     exact, published = (
-        GHVB(order=order, beta=beta, weights=k, **FULL).compile(VP, grid) for k in ("exact", "published")
+        GHVB(order=order, beta=beta, weights=k, **FULL).compile(VP, grid) for k in ("variable", "equal")
     )
     width = min(exact.output.shape[1], published.output.shape[1])
     scale = published.output[55].abs().max()
@@ -193,7 +193,7 @@ def test_published_weights_keep_the_order_on_equal_steps_only():
         for h in (0.04, 0.02):
             rho = [1.0 + h * (60 - k) for k in range(61)]
             grid = Grid.lambdas(VP, -f64(rho).log())
-            row = GHVB(order=order, weights="published", beta=0.8, **FULL).compile(VP, grid).output[-1]
+            row = GHVB(order=order, weights="equal", beta=0.8, **FULL).compile(VP, grid).output[-1]
             got = sum(w * math.exp(-rho[59 - k]) for k, w in enumerate(row.tolist()))
             exact = float(grid.alpha[-1]) * (math.exp(-rho[59]) - math.exp(-rho[60]))
             errors.append(abs(got - exact))
@@ -201,7 +201,7 @@ def test_published_weights_keep_the_order_on_equal_steps_only():
 
 
 # -- ends ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("solver", [HeavyBall(), HeavyBall(UniPC()), GHVB(), GHVB(weights="published")], ids=str)
+@pytest.mark.parametrize("solver", [HeavyBall(), HeavyBall(UniPC()), GHVB(), GHVB(weights="equal")], ids=str)
 @pytest.mark.parametrize("name", ["vp", "flow", "zero-snr"])
 def test_the_step_to_zero_noise_has_no_lag(solver, name):
     schedule = SCHEDULES[name]
@@ -261,7 +261,7 @@ def test_the_region_decides_whether_a_run_blows_up():
     h = 0.5
     grid = Grid.lambdas(edm, -torch.arange(50.5, 0.4, -h, dtype=torch.float64).log())
     for beta in (1.0, 0.5):
-        solver = GHVB(order=3, beta=beta, weights="published", **FULL)
+        solver = GHVB(order=3, beta=beta, weights="equal", **FULL)
         end = LinearMultistep.ghvb(3, beta).real_interval()
         for factor, decays in ((0.9, True), (1.1, False)):
             mu = -factor * end / h  # rho falls, so growth in rho is decay along the run
@@ -289,9 +289,9 @@ def test_fractional_orders():
         (lambda: HeavyBall(beta=1.2), "beta=1.2"),
         (lambda: GHVB(beta=math.nan), "beta=nan"),
         (lambda: GHVB(order=5), "orders 1 to 4"),
-        (lambda: GHVB(weights="publishd"), "did you mean 'published'"),
+        (lambda: GHVB(weights="equl"), "did you mean 'equal'"),
         (lambda: GHVB(basis="data"), "variable of GHVB"),
-        (lambda: GHVB(variable="lambda", weights="published"), "variable 'rho'"),
+        (lambda: GHVB(variable="lambda", weights="equal"), "variable 'rho'"),
         (lambda: LinearMultistep.ghvb(5, 0.8), "orders 1 to 4"),
     ],
 )
@@ -332,10 +332,11 @@ def test_schedulers_run_their_builders():
     grid = Grid.karras(VP, 7)
     for scheduler, solver in (
         (samplers.HeavyBallScheduler(**SD, beta=0.7, nesterov=True), HeavyBall(DPMSolver(), 0.7, True)),
-        (samplers.HeavyBallScheduler(**SD, base="UniPC", solver_order=3, solver_type="bh1"), HeavyBall(UniPC(order=3, b="bh1"))),
+        (samplers.HeavyBallScheduler(**SD, base="UniPC", solver_order=3, solver_type="bh1"),
+         HeavyBall(UniPC(order=3, solver_type="bh1"))),
         (samplers.HeavyBallScheduler(**SD, base="DEIS", solver_type="rho"), HeavyBall(DEIS(order=2, variable="rho"))),
         (samplers.GHVBScheduler(**SD, solver_order=3.7), GHVB(order=4, beta=0.7)),
-        (samplers.GHVBScheduler(**SD, solver_order=3, weights="published"), GHVB(order=3, weights="published")),
+        (samplers.GHVBScheduler(**SD, solver_order=3, weights="equal"), GHVB(order=3, weights="equal")),
     ):  # fmt: skip
         scheduler.set_timesteps(sigmas=grid)
         assert scheduler.plan.digest == solver.compile(VP, grid).digest

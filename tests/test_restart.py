@@ -293,7 +293,7 @@ def test_a_restart_never_begins_at_zero_noise_unless_asked_to():
 
 
 @pytest.mark.parametrize(
-    "base", [EMS(), IPNDM(steps="diff_sampler"), AcceleratedDDIM(), USF(first_step_free=True)], ids=str
+    "base", [EMS(), IPNDM(weights="diff_sampler"), AcceleratedDDIM(), USF(first_step_free=True)], ids=str
 )
 def test_bases_with_inexact_rows_are_interrupted_like_others(base):
     schedule = SCHEDULES["vp"]

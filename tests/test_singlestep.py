@@ -44,8 +44,9 @@ VP = SCHEDULES["vp"]
 PURE = {"lower_order_final": False}
 """Every step of the full number of calls."""
 SOLVERS = (
-    *(DPMSolverSinglestep(order=p, type=k, basis=b) for p in (1, 2) for k in ("midpoint", "heun") for b in ("data", "noise")),
-    *(DPMSolverSinglestep(order=3, type=k, basis=b, placing=at) for k in ("midpoint", "heun") for b in ("data", "noise")
+    *(DPMSolverSinglestep(order=p, solver_type=k, basis=b) for p in (1, 2) for k in ("midpoint", "heun")
+      for b in ("data", "noise")),
+    *(DPMSolverSinglestep(order=3, solver_type=k, basis=b, placing=at) for k in ("midpoint", "heun") for b in ("data", "noise")
       for at in ("lambda", "grid")),
     DPMSolverSinglestep(order=3, second_stage="midpoint"),
     *map(RungeKutta, TABLEAUS),
@@ -158,7 +159,7 @@ def test_two_and_three_stage_formulas_are_the_published_ones(basis, kind, r):
         expected = first * m[0] + linear * slope + square * curvature
     order = 2 if r2 is None else 3
     options = {"r1": r1} if r2 is None else {"r1": r1, "r2": r2}
-    solver = DPMSolverSinglestep(order=order, type=kind, basis=basis, **options, **PURE)
+    solver = DPMSolverSinglestep(order=order, solver_type=kind, basis=basis, **options, **PURE)
     lam = torch.linspace(s.lam, t.lam, order + 1, dtype=torch.float64)
     plan = solver.compile(VP, Grid.lambdas(VP, lam))
     got = rows_applied(plan, m)[-1]
@@ -202,7 +203,7 @@ def slope(solver, schedule, data, grid_of, counts=(48, 96)):
 @pytest.mark.parametrize(
     "solver",
     [
-        *(DPMSolverSinglestep(order=p, type=k, basis=b, **PURE) for p in (1, 2, 3) for k in ("midpoint", "heun")
+        *(DPMSolverSinglestep(order=p, solver_type=k, basis=b, **PURE) for p in (1, 2, 3) for k in ("midpoint", "heun")
           for b in ("data", "noise") if p > 1 or k == "heun"),
         DPMSolverSinglestep(order=3, second_stage="midpoint", **PURE),
         *(RungeKutta(k) for k in TABLEAUS),
@@ -217,10 +218,10 @@ def test_global_order(solver, data, name, grid_of):
 
 def test_third_order_needs_its_second_stage_at_two_thirds():
     """Elsewhere m_1, known to second order only, has a weight, and the order is 2: also with a grid's own points."""
-    own = DPMSolverSinglestep(order=3, type="heun", placing="grid", **PURE)
+    own = DPMSolverSinglestep(order=3, solver_type="heun", placing="grid", **PURE)
     assert slope(own, VP, GAUSSIAN, ragged, (96, 192)) < 2.5
-    assert slope(DPMSolverSinglestep(order=3, type="heun", **PURE), VP, GAUSSIAN, ragged, (96, 192)) > 2.7
-    moved = DPMSolverSinglestep(order=3, type="heun", r1=0.3, r2=0.8, **PURE)
+    assert slope(DPMSolverSinglestep(order=3, solver_type="heun", **PURE), VP, GAUSSIAN, ragged, (96, 192)) > 2.7
+    moved = DPMSolverSinglestep(order=3, solver_type="heun", r1=0.3, r2=0.8, **PURE)
     assert moved.convergence_order == 2
     assert slope(moved, VP, GAUSSIAN, even, (96, 192)) == pytest.approx(2, abs=0.3)
 
@@ -251,9 +252,9 @@ def law(plan, mu, s):
     ("solver", "order"),
     [
         (DPMSolver(order=1, eta=1.0), 1),
-        (DPMSolver(order=2, eta=1.0, type="heun", lower_order_final=False), 2),
+        (DPMSolver(order=2, eta=1.0, solver_type="heun", lower_order_final=False), 2),
         (DPMSolverSDE(), 2),
-        (DPMSolverSDE(type="heun"), 2),
+        (DPMSolverSDE(solver_type="heun"), 2),
         (DPMSolverSDE(eta=0.5), 2),
         (DPMSolverSDE(r1=0.3), 2),
     ],
@@ -367,7 +368,7 @@ def test_a_network_that_diverges_is_named():
     ("make", "match"),
     [
         (lambda: DPMSolverSinglestep(order=4), "orders 1 to 3"),
-        (lambda: DPMSolverSinglestep(type="mid"), "midpoint"),
+        (lambda: DPMSolverSinglestep(solver_type="mid"), "midpoint"),
         (lambda: DPMSolverSinglestep(placing="even"), "placing"),
         (lambda: DPMSolverSinglestep(order=3, r1=0.7), "r1 < r2"),
         (lambda: DPMSolverSinglestep(eta=1.0, basis="noise"), "eta"),

@@ -37,16 +37,16 @@ from tests.solver_fixtures import (
 
 DETERMINISTIC = (
     DDIM(),
-    *(DPMSolver(order=2, type=k, basis=b, **FULL) for k in ("midpoint", "heun") for b in ("data", "noise")),
+    *(DPMSolver(order=2, solver_type=k, basis=b, **FULL) for k in ("midpoint", "heun") for b in ("data", "noise")),
     *(DPMSolver(order=3, third_order=k, basis=b, **FULL) for k in ("exact", "as_published") for b in ("data", "noise")),
-    *(UniPC(order=p, b=k, basis=b, **FULL) for p in (1, 2) for k in ("bh1", "bh2") for b in ("data", "noise")),
+    *(UniPC(order=p, solver_type=k, basis=b, **FULL) for p in (1, 2) for k in ("bh1", "bh2") for b in ("data", "noise")),
     *(UniPC(order=p, basis=b, **FULL) for p in (3, 4) for b in ("data", "noise")),
     *(DEIS(order=p, variable=k, **FULL) for p in (2, 3, 4) for k in ("lambda", "rho")),
 )
 STOCHASTIC = (
     DDIM(eta=0.5),
     DDIM(eta=1.0),
-    *(DPMSolver(order=p, type=k, eta=e, **FULL) for p in (1, 2) for k in ("midpoint", "heun") for e in (0.5, 1.0)),
+    *(DPMSolver(order=p, solver_type=k, eta=e, **FULL) for p in (1, 2) for k in ("midpoint", "heun") for e in (0.5, 1.0)),
     *(DPMSolver(order=3, third_order=k, eta=1.0, **FULL) for k in ("exact", "as_published")),
 )
 
@@ -155,7 +155,7 @@ def test_one_step_error_is_one_order_above(solver):
 @pytest.mark.parametrize("b", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_corrector_is_one_order_above_its_predictor(order, b, basis):
-    solver = UniPC(order=order, b=b, basis=basis)
+    solver = UniPC(order=order, solver_type=b, basis=basis)
 
     def weights(s, t, past):
         used = past[:order]
@@ -310,20 +310,20 @@ def test_first_order_methods_are_ddim(solver, name):
 
 @pytest.mark.parametrize("basis", ["data", "noise"])
 def test_two_m_midpoint_is_unip_two_bh2(basis):
-    assert_same_rows(DPMSolver(order=2, basis=basis, **FULL), UniPC(order=2, b="bh2", basis=basis, **UNCORRECTED))
+    assert_same_rows(DPMSolver(order=2, basis=basis, **FULL), UniPC(order=2, solver_type="bh2", basis=basis, **UNCORRECTED))
 
 
 @pytest.mark.parametrize("basis", ["data", "noise"])
 def test_three_m_exact_is_unip_three_with_any_b(basis):
-    three = DPMSolver(order=3, basis=basis, type="heun", **FULL)
+    three = DPMSolver(order=3, basis=basis, solver_type="heun", **FULL)
     # the second step of both is of order 2, where UniP-2 fixes its coefficient and 2M heun is exact: compare from row 2
     grid = Grid.lambdas(SCHEDULES["vp"], LAM)
     plans = [
         s.compile(SCHEDULES["vp"], grid)
         for s in (
             three,
-            UniPC(order=3, b="bh1", basis=basis, **UNCORRECTED),
-            UniPC(order=3, b="bh2", basis=basis, **UNCORRECTED),
+            UniPC(order=3, solver_type="bh1", basis=basis, **UNCORRECTED),
+            UniPC(order=3, solver_type="bh2", basis=basis, **UNCORRECTED),
         )
     ]
     for plan in plans[1:]:
@@ -340,7 +340,7 @@ def test_two_m_heun_is_the_lagrange_row():
         second = t.alpha * (h + math.expm1(-h)) / h0
         weights = [-t.alpha * math.expm1(-h) + second, -second]
         for row in (
-            DPMSolver(order=2, type="heun").row(s, t, [s, older]),
+            DPMSolver(order=2, solver_type="heun").row(s, t, [s, older]),
             lagrange_row("data", "lambda", [s, older], s, t),
         ):
             assert row.outputs == pytest.approx(weights, rel=1e-12)
@@ -359,7 +359,7 @@ def test_two_m_midpoint_is_the_published_formula():
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_deis_in_lambda_is_dpm_solver_in_the_noise_basis(order):
-    assert_same_rows(DEIS(order=order, **FULL), DPMSolver(order=order, type="heun", basis="noise", **FULL))
+    assert_same_rows(DEIS(order=order, **FULL), DPMSolver(order=order, solver_type="heun", basis="noise", **FULL))
 
 
 @pytest.mark.parametrize("basis", ["data", "noise"])
@@ -448,7 +448,7 @@ def test_unipc_rows_equal_the_step_by_step_loop(order, b, basis, lowering, disab
     """On a nonlinear model; the loop restarts from a stored corrected state, the rows never see it."""
     schedule = SCHEDULES["vp"]
     grid = Grid.lambdas(schedule, LAM)
-    solver = UniPC(order=order, b=b, basis=basis, lower_order_final=lowering, disable_corrector=disabled)
+    solver = UniPC(order=order, solver_type=b, basis=basis, lower_order_final=lowering, disable_corrector=disabled)
     plan = solver.compile(schedule, grid)
 
     def nonlinear(x, i):
@@ -600,7 +600,7 @@ def test_steps_at_infinite_lambdas_are_of_first_order():
 @pytest.mark.parametrize(
     "options",
     [
-        {"order": 0}, {"order": 4}, {"order": True}, {"order": 2.0}, {"basis": "velocity"}, {"type": "trapezoid"},
+        {"order": 0}, {"order": 4}, {"order": True}, {"order": 2.0}, {"basis": "velocity"}, {"solver_type": "trapezoid"},
         {"third_order": "half"}, {"eta": -0.1}, {"eta": 1.0, "basis": "noise"}, {"eta": math.nan},
     ],
     ids=str,
@@ -615,7 +615,7 @@ def test_impossible_dpm_options_are_refused(options):
     [
         (DDIM, {"eta": 1.5}), (DDIM, {"eta": math.nan}), (DDIM, {"order": 2}), (DDIM, {"basis": "noise"}),
         (DEIS, {"order": 5}), (DEIS, {"basis": "data"}), (DEIS, {"variable": "time"}),
-        (UniPC, {"b": "bh3"}), (UniPC, {"order": 6}),
+        (UniPC, {"solver_type": "bh3"}), (UniPC, {"order": 6}),
     ],
     ids=str,
 )  # fmt: skip
@@ -627,7 +627,7 @@ def test_impossible_options_are_refused(solver, options):
 def test_solvers_are_values():
     assert UniPC(order=3) == UniPC(order=3)
     assert len({UniPC(order=3), UniPC(order=3), UniPC(order=2)}) == 2
-    assert str(DPMSolver(order=3, type="heun")) == "DPMSolver(order=3, type='heun')"
+    assert str(DPMSolver(order=3, solver_type="heun")) == "DPMSolver(order=3, solver_type='heun')"
     assert str(DDIM()) == "DDIM()"
 
 
@@ -660,7 +660,7 @@ def test_noise_gives_the_marginal_of_a_known_picture(solver, name):
 @pytest.mark.parametrize("name", ["vp", "flow"])
 @pytest.mark.parametrize(
     "solver",
-    [DPMSolver(order=2, eta=1.0, **FULL), DPMSolver(order=2, type="heun", eta=1.0, **FULL),
+    [DPMSolver(order=2, eta=1.0, **FULL), DPMSolver(order=2, solver_type="heun", eta=1.0, **FULL),
      DPMSolver(order=3, eta=1.0, **FULL), DPMSolver(order=2, eta=0.4, **FULL)],
     ids=str,
 )  # fmt: skip

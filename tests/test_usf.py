@@ -40,10 +40,10 @@ def uniform(**options):
     [
         (uniform(order=1), DPMSolver(order=1)),
         (uniform(relaxation="bh2"), DPMSolver(order=2, **FULL)),
-        (uniform(order=2), DPMSolver(order=2, type="heun", **FULL)),
+        (uniform(order=2), DPMSolver(order=2, solver_type="heun", **FULL)),
         (uniform(order=3, basis="noise"), DEIS(order=3, **FULL)),
         (uniform(order=4, basis="noise", variable="rho"), DEIS(order=4, variable="rho", **FULL)),
-        *((uniform(order=p, relaxation=b, corrector=True, basis=k), UniPC(order=p, b=b, basis=k, **FULL))
+        *((uniform(order=p, relaxation=b, corrector=True, basis=k), UniPC(order=p, solver_type=b, basis=k, **FULL))
           for p in (1, 2, 3) for b in ("bh1", "bh2") for k in ("data", "noise")),
     ],
     ids=str,
@@ -269,7 +269,7 @@ def test_the_scheduler_runs_its_builder(tmp_path):
 
 
 def test_no_wrong_equality():
-    assert_same_rows(uniform(order=2), DPMSolver(order=2, type="heun", **FULL))
+    assert_same_rows(uniform(order=2), DPMSolver(order=2, solver_type="heun", **FULL))
     a = uniform(order=2).compile(VP, Grid.lambdas(VP, LAM))
     b = uniform(order=2, relaxation="bh2").compile(VP, Grid.lambdas(VP, LAM))
     assert not torch.allclose(a.output, b.output, rtol=1e-3)

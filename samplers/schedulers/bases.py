@@ -7,7 +7,7 @@ from typing import Any
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.samplers.schedulers.dpm_solver import basis_and_eta
-from fewstep.samplers.schedulers.options import LOWERING, lowering
+from fewstep.samplers.schedulers.options import LOWERING, lowering, uncorrected_of
 from fewstep.samplers.solver import Multistep
 from fewstep.samplers.solvers.deis import DEIS
 from fewstep.samplers.solvers.dpm_solver import DPMSolver
@@ -16,7 +16,7 @@ from fewstep.samplers.solvers.unipc import UniPC
 
 BASE: dict[str, Any] = {
     "base": "DPMSolver", "solver_order": 2, "solver_type": None, "algorithm_type": "dpmsolver++", "predict_x0": True,
-    "disable_corrector": [], **LOWERING,
+    "disable_corrector": None, **LOWERING,
 }  # fmt: skip
 
 _TYPES: dict[str, tuple[str, ...]] = {
@@ -41,13 +41,13 @@ def base_solver(config: Any) -> Multistep:
             f"algorithm_type={config.algorithm_type!r} adds noise, and this method changes the steps of an ODE solver; "
             "use 'dpmsolver++' or 'dpmsolver'"
         )
-    options: dict[str, Any] = {**lowering(config), "euler_at_final": config.euler_at_final}
+    options = lowering(config)
     kind = config.solver_type if config.solver_type in _TYPES[config.base] else None
     basis = basis if config.predict_x0 else "noise"
     if config.base == "DPMSolver":
-        return DPMSolver(**options, basis=basis, **({"type": kind} if kind else {}))
+        return DPMSolver(**options, basis=basis, **({"solver_type": kind} if kind else {}))
     if config.base == "UniPC":
-        corrected = {"disable_corrector": tuple(config.disable_corrector), **({"b": kind} if kind else {})}
+        corrected = {"disable_corrector": uncorrected_of(config), **({"solver_type": kind} if kind else {})}
         return UniPC(**options, basis=basis, **corrected)
     if config.base == "DEIS":
         return DEIS(**options, variable="lambda" if kind in (None, "logrho") else kind)

@@ -24,12 +24,9 @@ class DEISScheduler(SolverScheduler):
             "logrho": "lambda",
             "rho": "rho",
             "t": "t",
-            "midpoint": "lambda",
-            "heun": "lambda",
-            "bh1": "lambda",
-            "bh2": "lambda",
+            **dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "lambda"),
         }
         if config.solver_type not in known:
             raise FewstepError(unknown("solver_type of DEIS", config.solver_type, ("logrho", "rho", "t")))
         variable: Any = known[config.solver_type]
-        return DEIS(**lowering(config), euler_at_final=config.euler_at_final, variable=variable)
+        return DEIS(**lowering(config), variable=variable)

@@ -52,7 +52,7 @@ class DPMSolverScheduler(SolverScheduler):
         config = self.config
         basis, eta = basis_and_eta(config)
         return DPMSolver(
-            **lowering(config), euler_at_final=config.euler_at_final, basis=basis, eta=eta, type=_type(config),
+            **lowering(config), basis=basis, eta=eta, solver_type=_type(config),
             third_order=config.third_order,
         )  # fmt: skip
 
@@ -73,6 +73,6 @@ class DPMSolverSinglestepScheduler(SolverScheduler):
         config = self.config
         basis, eta = basis_and_eta(config)
         return DPMSolverSinglestep(
-            **lowering(config), basis=basis, eta=eta, type=_type(config), second_stage=config.second_stage,
-            placing=config.placing,
+            order=config.solver_order, lower_order_final=config.lower_order_final, basis=basis, eta=eta,
+            solver_type=_type(config), second_stage=config.second_stage, placing=config.placing,
         )  # fmt: skip

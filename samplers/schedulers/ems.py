@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from fewstep.samplers.scheduler import SolverScheduler
-from fewstep.samplers.schedulers.options import LOWERING, lowering
+from fewstep.samplers.schedulers.options import LOWERING, lowering, uncorrected_of
 from fewstep.samplers.solver import Solver
 from fewstep.samplers.solvers.ems import EMS, ModelStatistics
 
@@ -19,7 +19,7 @@ class EMSScheduler(SolverScheduler):
 
     options: ClassVar[dict[str, Any]] = {
         "solver_order": 2, "statistics": [1.0, 0.0, 0.0], "corrector": "pseudo", "predictor_pseudo": False,
-        "disable_corrector": [], "final_sigmas_type": "sigma_min", **LOWERING,
+        "disable_corrector": None, "final_sigmas_type": "sigma_min", **LOWERING,
     }  # fmt: skip
 
     def _configure(self) -> None:
@@ -30,7 +30,7 @@ class EMSScheduler(SolverScheduler):
     def solver(self) -> Solver:
         config = self.config
         return EMS(
-            **lowering(config), euler_at_final=config.euler_at_final, statistics=self._statistics,
+            **lowering(config), statistics=self._statistics,
             corrector=config.corrector, predictor_pseudo=config.predictor_pseudo,
-            disable_corrector=tuple(config.disable_corrector),
+            disable_corrector=uncorrected_of(config),
         )  # fmt: skip

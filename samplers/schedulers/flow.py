@@ -27,4 +27,4 @@ class FlowScheduler(SolverScheduler):
             raise FewstepError(unknown("method of a flow model", config.method, _METHODS))
         if config.method == "flowturbo":
             return FlowTurbo(heun=config.heun_steps)
-        return FlowSolver(order=config.solver_order, steps="variable" if config.method == "adams" else "equal")
+        return FlowSolver(order=config.solver_order, weights="variable" if config.method == "adams" else "equal")

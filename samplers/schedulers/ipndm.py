@@ -15,7 +15,7 @@ class IPNDMScheduler(SolverScheduler):
     On the model's own process and any grid; diffusers' class of this name has a process of its own.
     """
 
-    options: ClassVar[dict[str, Any]] = {"solver_order": 4, "steps": "equal"}
+    options: ClassVar[dict[str, Any]] = {"solver_order": 4, "weights": "variable"}
 
     def solver(self) -> Solver:
-        return IPNDM(order=self.config.solver_order, steps=self.config.steps)
+        return IPNDM(order=self.config.solver_order, weights=self.config.weights)

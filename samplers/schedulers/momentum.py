@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from fewstep.samplers.scheduler import SolverScheduler
 from fewstep.samplers.schedulers.bases import BASE, base_solver
-from fewstep.samplers.schedulers.options import LOWERING
+from fewstep.samplers.schedulers.options import LOWERING, lowering
 from fewstep.samplers.solver import Solver
 from fewstep.samplers.solvers.ghvb import GHVB
 from fewstep.samplers.solvers.momentum import HeavyBall
@@ -29,7 +29,7 @@ class GHVBScheduler(SolverScheduler):
     """
 
     options: ClassVar[dict[str, Any]] = {
-        "solver_order": 4, "beta": 0.8, "variable": "rho", "weights": "exact", "predict_x0": False, **LOWERING,
+        "solver_order": 4, "beta": 0.8, "variable": "rho", "weights": "variable", "predict_x0": False, **LOWERING,
     }  # fmt: skip
 
     def solver(self) -> Solver:
@@ -39,7 +39,6 @@ class GHVBScheduler(SolverScheduler):
             whole = GHVB.of(order) if math.isfinite(order) and order > 0 else GHVB(order=order)  # type: ignore[arg-type]
             order, beta = whole.order, beta if order == whole.order else whole.beta
         return GHVB(
-            order=order, beta=beta, variable=config.variable, weights=config.weights,
-            basis="data" if config.predict_x0 else "noise", lower_order_final=config.lower_order_final,
-            euler_at_final=config.euler_at_final,
+            **{**lowering(config), "order": order}, beta=beta, variable=config.variable, weights=config.weights,
+            basis="data" if config.predict_x0 else "noise",
         )  # fmt: skip

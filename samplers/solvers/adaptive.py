@@ -39,7 +39,7 @@ def sample_adaptive(
     *,
     order: int = 3,
     basis: Basis = "data",
-    type: SolverType = "midpoint",
+    solver_type: SolverType = "midpoint",
     atol: float = 0.0078,
     rtol: float = 0.05,
     first_step: float = 0.05,
@@ -62,7 +62,7 @@ def sample_adaptive(
     Args:
         model: ``model(x, t) -> raw`` as in :func:`fewstep.samplers.sample`.
         noise: standard normal, (batch, ...).
-        order, basis, type: those of :class:`DPMSolverSinglestep`.
+        order, basis, solver_type: those of :class:`DPMSolverSinglestep`.
         atol, rtol: the authors' defaults are for images in [-1, 1].
         first_step: h of the first trial, in lambda.
         start, end: lambdas of the trajectory; by default the training range (the finite part of it).
@@ -77,7 +77,7 @@ def sample_adaptive(
     """
     if order not in (2, 3):
         raise FewstepError(f"an adaptive DPM-Solver compares order 2 with 1 or 3 with 2, got order={order!r}")
-    own = {"basis": basis, "type": type, "placing": "grid", "lower_order_final": False}
+    own = {"basis": basis, "solver_type": solver_type, "placing": "grid", "lower_order_final": False}
     high, low = (DPMSolverSinglestep(order=p, **own) for p in (order, order - 1))  # type: ignore[arg-type]
     shares = (1 / 2,) if order == 2 else (1 / 3, 2 / 3)
     whole = Grid.uniform_lambda(schedule, 1).lam.tolist()

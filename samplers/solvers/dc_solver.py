@@ -97,7 +97,7 @@ class DCSolver(Solver):
         if self.ratios is not None and len(self.ratios) < steps:
             raise GridError(f"{len(self.ratios)} compensation ratios were given for a grid of {steps} steps")
         ratios: Sequence[Scalar] = (1.0,) * steps if self.ratios is None else self.ratios[len(self.ratios) - steps :]
-        begin = 1 if math.isinf(value(points[0].lam)) else 0  # no later row reads the output at lambda = -inf
+        begin = int(points[0].pure_noise)  # no later row reads the output at lambda = -inf
         kept: list[Form] = []
         for i, r in enumerate(ratios):
             k = self.compensation_order

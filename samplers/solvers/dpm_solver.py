@@ -49,14 +49,14 @@ class DPMSolver(Multistep):
     Sources: DPM-Solver, 2206.00927, appendix; DPM-Solver++, 2211.01095, algorithm 2 and section 5.
     """
 
-    type: SolverType = "midpoint"
+    solver_type: SolverType = "midpoint"
     third_order: ThirdOrder = "exact"
     eta: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for what, given, known in (
-            ("solver_type", self.type, ("midpoint", "heun")),
+            ("solver_type", self.solver_type, ("midpoint", "heun")),
             ("third_order", self.third_order, ("exact", "as_published", "diffusers_sde")),
         ):
             if given not in known:
@@ -71,7 +71,7 @@ class DPMSolver(Multistep):
         return {"exact": self.order, "as_published": min(self.order, 2), "diffusers_sde": 1}[self.third_order]
 
     def row(self, s: Point, t: Point, past: Sequence[Point]) -> Row:
-        if len(past) == 2 and self.type == "midpoint":
+        if len(past) == 2 and self.solver_type == "midpoint":
             first = lagrange_row(self.basis, "lambda", [s], s, t, eta=self.eta)
             return secant_row(first, 0.5 * first.outputs[0], s, t, past[1])
         factors: tuple[Scalar, ...] = ()
@@ -114,7 +114,7 @@ class DPMSolverSinglestep(Singlestep):
     """
 
     order: int = 2
-    type: SolverType = "midpoint"
+    solver_type: SolverType = "midpoint"
     placing: Literal["lambda", "grid"] = "lambda"
     """Where the stages lie: at r1 and r2, or at the grid's own points (as in the authors' code and in diffusers)."""
     r1: float | None = None
@@ -128,7 +128,7 @@ class DPMSolverSinglestep(Singlestep):
     def __post_init__(self) -> None:
         super().__post_init__()
         for what, given, known in (
-            ("solver_type", self.type, ("midpoint", "heun")),
+            ("solver_type", self.solver_type, ("midpoint", "heun")),
             ("type of a second stage", self.second_stage, ("midpoint", "heun")),
             ("placing", self.placing, ("lambda", "grid")),
         ):
@@ -172,11 +172,11 @@ class DPMSolverSinglestep(Singlestep):
     def rows(self, s: Point, t: Point, inner: Sequence[Point]) -> list[Row]:
         rows = [self._through([s], s, inner[0] if inner else t)]
         if len(inner) == 1:
-            rows.append(self._second(s, t, inner[0], self.type))
+            rows.append(self._second(s, t, inner[0], self.solver_type))
         elif inner:
             s1, s2 = inner
             rows.append(self._second(s, s2, s1, self.second_stage))
-            if self.type == "heun":
+            if self.solver_type == "heun":
                 rows.append(self._through([s2, s1, s], s, t))
             else:
                 last = self._through([s2, s], s, t)
@@ -186,8 +186,8 @@ class DPMSolverSinglestep(Singlestep):
     def _through(self, nodes: Sequence[Point], s: Point, t: Point) -> Row:
         return lagrange_row(self.basis, "lambda", nodes, s, t, eta=self.eta)
 
-    def _second(self, s: Point, t: Point, stage: Point, type: SolverType) -> Row:
-        if type == "heun":
+    def _second(self, s: Point, t: Point, stage: Point, kind: SolverType) -> Row:
+        if kind == "heun":
             return self._through([stage, s], s, t)
         first = self._through([s], s, t)
         row = secant_row(first, 0.5 * first.outputs[0], s, t, stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from fewstep.artifact import read_json, read_tensors, write_with_tensors
 from fewstep.errors import ArtifactError, FewstepError, unknown
-from fewstep.samplers.forms import Form, combine, plan_from_forms, predict_correct
+from fewstep.samplers.forms import Form, plan_from_forms, predict_correct
 from fewstep.samplers.grid import Grid, Point
 from fewstep.samplers.lagrange import Basis, interpolation_weights, lagrange_row
 from fewstep.samplers.plan import SolverPlan
-from fewstep.samplers.scalar import Scalar, value
+from fewstep.samplers.scalar import Scalar, exp, value
 from fewstep.samplers.schedule import NoiseSchedule, f64
 from fewstep.samplers.solver import Multistep, checked, points_of
+from fewstep.samplers.solvers.unipc import uncorrected
 
 _ARRAYS = ("lam", "l", "s", "b")
 
@@ -124,14 +125,19 @@ class ModelStatistics:
 
 
 class _Step(NamedTuple):
-    """Integrals over one step, from lambda_s; tensors of the sample shape. L, S, B are those of l, s, e^-S b from there."""
+    """Integrals over one step, from lambda_s. L, S, B are those of l, s, e^-S b from there.
 
-    L: Tensor
-    S: Tensor
-    B: Tensor
-    C: Tensor
+    Floats where all dimensions share the statistics, else tensors of the sample shape.
+    """
+
+    L: Scalar
+    S: Scalar
+    grown: Scalar
+    """e^S."""
+    B: Scalar
+    C: Scalar
     """integral of e^(L+S) B."""
-    E: list[Tensor]
+    E: list[Scalar]
     """integrals of e^(L+S) (lambda - lambda_s)^k / k!."""
 
 
@@ -172,8 +178,9 @@ class EMS(Multistep):
     corrector: Literal["pseudo", "exact", "none"] = "pseudo"
     predictor_pseudo: bool = False
     """Newton's divided differences for the predictor too (the authors: only for 5 steps without guidance)."""
-    disable_corrector: tuple[int, ...] = ()
-    """Intervals whose end is not corrected; the authors leave out the first half under strong guidance."""
+    disable_corrector: tuple[int, ...] | None = ()
+    """Intervals whose end is not corrected; the authors leave out the first half under strong guidance. None: the first four
+    on grids of fewer than 15 steps."""
     bases: ClassVar[tuple[Basis, ...]] = ("noise",)
 
     def __post_init__(self) -> None:
@@ -205,40 +212,41 @@ class EMS(Multistep):
         if grid.lam.requires_grad:
             raise FewstepError("EMS is not differentiable with respect to the grid; give it one without gradients")
         n, lam = grid.steps, grid.lam
-        begin, end = int(math.isinf(points[0].lam)), n - int(math.isinf(points[-1].lam))
+        begin, end = int(points[0].pure_noise), n - int(points[-1].clean)
         finite = lam[begin : end + 1]
-        # one step at a time where each dimension has numbers of its own: their integrands fill memory
-        parts = [finite[i : i + 2] for i in range(len(finite) - 1)] if self.statistics.l.shape[1:] else [finite]
+        own = self.statistics.l.shape[1:]
+        # one step at a time where there are many dimensions: their integrands fill memory
+        parts = [finite[i : i + 2] for i in range(len(finite) - 1)] if own.numel() > 4096 else [finite]
         empty: list[Any] = [None] * begin
         steps: list[_Step] = empty + [step for part in parts for step in self._integrals(part)]
-        l = self.statistics.at(lam[:n].clamp(-1e3, 1e3))[0]  # noqa: E741
-        plain = not self.statistics.l.shape[1:] and not bool(self.statistics.b.any())
-        one = torch.ones_like(l[0]) if plain or l.shape[1:] else torch.ones(1, dtype=torch.float64)
-        # f of every output; that of pure noise is read by nobody
-        f = [Form()] * begin + [
-            Form({j: -l[j] / points[j].alpha}, {j: one * points[j].sigma / points[j].alpha}) for j in range(begin, n)
+        at = self.statistics.at(lam[:n].clamp(-1e3, 1e3))[0]
+        l: list[Scalar] = list(at.unbind()) if own else at.tolist()  # noqa: E741
+        # f = u X + v eps at every output; that of pure noise is read by nobody
+        f: list[tuple[Scalar, Scalar]] = [(0.0, 0.0)] * begin + [
+            (-l[j] / points[j].alpha, points[j].sigma / points[j].alpha) for j in range(begin, n)
         ]
         bases: list[Basis] = ["data" if i < begin else self.basis for i in range(n)]
         ratios: list[Scalar] = []
         predictors: list[Form] = []
         correctors: list[Form | None] = [None]
+        left_out = uncorrected(self.disable_corrector, n, 4)
         for i, order in enumerate(self.orders(grid)):
             s, t = points[i], points[i + 1]
             if not begin <= i < end:  # the first-order step, on x0 from pure noise
                 first = lagrange_row(bases[i], "lambda", [s], s, t)
-                ratios.append(one * first.state)
-                predictors.append(Form({}, {i: one * first.outputs[0]}))
+                ratios.append(first.state)
+                predictors.append(Form({}, {i: first.outputs[0]}))
                 correctors.append(None)
                 continue
             nodes = [i - k for k in range(min(order, i + 1 - begin))]
-            ratios.append(t.alpha / s.alpha * torch.exp(-steps[i].L))
+            ratios.append(t.alpha / s.alpha * exp(-steps[i].L))
             predictors.append(self._direction(points, steps, f, i, nodes, self.predictor_pseudo))
-            correct = i + 1 < n and self.corrector != "none" and i not in self.disable_corrector
+            correct = i + 1 < n and self.corrector != "none" and i not in left_out
             again, pseudo = [i, i + 1, *nodes[1:]], self.corrector == "pseudo"
             correctors.append(self._direction(points, steps, f, i, again, pseudo) if correct else None)
         forms = predict_correct(ratios, predictors, correctors[:n])
-        if plain:
-            forms = [_plain(form) for form in forms]
+        if not own and bool(self.statistics.b.any()):
+            forms = [replace(form, constant=f64([form.constant])) for form in forms]
         plan = plan_from_forms(schedule, grid, bases, forms, method=str(self), order=self.convergence_order)
         return checked(plan, strict=self.consistent)
 
@@ -246,7 +254,7 @@ class EMS(Multistep):
         self,
         points: Sequence[Point],
         steps: Sequence[_Step],
-        f: Sequence[Form],
+        f: Sequence[tuple[Scalar, Scalar]],
         i: int,
         nodes: Sequence[int],
         pseudo: bool,
@@ -257,42 +265,60 @@ class EMS(Multistep):
         place = [value((points[j].lam - s.lam) / h) for j in nodes]
         moments = [step.E[k] * math.factorial(k) / h**k for k in range(len(nodes))]
         weights = _newton_weights(place, moments) if pseudo else interpolation_weights(place, moments)
-        terms: list[tuple[Any, Form]] = [(1.0, Form(constant=step.C))]
+        scale = -t.alpha * exp(-step.L)
+        states: dict[int, Scalar] = {}
+        outputs: dict[int, Scalar] = {}
+        constant = step.C
         for j, w in zip(nodes, weights, strict=True):
             grown, offset = _refer(steps, i, j)
-            terms.append((w, combine([(grown, f[j]), (-1.0, Form(constant=offset))])))
-        scale = -t.alpha * torch.exp(-step.L)
-        return combine([(scale, combine(terms))])
+            share = scale * w * grown
+            states[j], outputs[j] = share * f[j][0], share * f[j][1]
+            constant = constant - w * offset
+        return Form(states, outputs, scale * constant)
 
     def _integrals(self, lam: Tensor) -> list[_Step]:
         """Over every step between ``lam``, split at the knots of the statistics and into pieces of at most 0.1."""
         if len(lam) < 2:
             return []
         ends, step = _pieces(lam, self.statistics.lam)
-        start, width = ends[:-1], ends.diff()
-        u = start[:, None] + width[:, None] * _NODES  # (pieces, nodes)
+        width, place = ends.diff(), ends - lam[torch.cat([step, step[-1:]])]
         own = self.statistics.l.shape[1:]
         ones = [1] * len(own)
-        l, s, b = (v.reshape(*u.shape, *own) for v in self.statistics.at(u.reshape(-1)))  # noqa: E741
-        w = width.reshape(-1, *ones)
+        w, u = width.reshape(-1, 1, *ones), _NODES.reshape(-1, *ones)
+        # between its ends a piece is without a knot, and the statistics are linear
+        l, s, b = ([v[:-1, None], v.diff(dim=0)[:, None]] for v in self.statistics.at(ends))  # noqa: E741
         first = torch.searchsorted(step, torch.arange(len(lam) - 1))  # each step's first piece
-        last = torch.cat([first[1:], f64([len(step)]).long()]) - 1
 
-        def integral(values: Tensor) -> tuple[Tensor, Tensor]:
-            """From the start of the step to every node, and over every step."""
-            at_nodes = values.movedim(1, -1)
-            inside = (at_nodes @ _CUMULATIVE.T).movedim(-1, 1) * w[:, None]
-            whole = (at_nodes @ _WEIGHTS) * w
+        def from_start(inside: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+            """From integrals from the start of the piece: from that of the step, to every node and over every step."""
+            total = torch.zeros(len(lam) - 1, *own, dtype=torch.float64).index_add_(0, step, whole)
             before = whole.cumsum(0) - whole
-            return (before - before[first][step])[:, None] + inside, (before + whole)[last] - before[first]
+            return (before - before[first][step])[:, None] + inside, total
 
-        (L, L_end), (S, S_end) = integral(l), integral(s)
-        B, B_end = integral(torch.exp(-S) * b)
+        def linear(v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            return from_start(w * u * (v[0] + v[1] * u / 2), (w * (v[0] + v[1] / 2))[:, 0])
+
+        def over_steps(values: Tensor, power: int = 0) -> Tensor:
+            share = (
+                (place[:-1, None] + width[:, None] * _NODES) ** power
+                / math.factorial(power)
+                * width[:, None]
+                * _WEIGHTS
+            )
+            whole = (values * share.reshape(*share.shape, *ones)).sum(1)
+            return torch.zeros(len(lam) - 1, *own, dtype=torch.float64).index_add_(0, step, whole)
+
+        (L, L_end), (S, S_end) = linear(l), linear(s)
         growth = torch.exp(L + S)
-        since = (u - lam[step][:, None]).reshape(*u.shape, *ones)
-        C_end = integral(growth * B)[1]
-        E = [integral(growth * since**k / math.factorial(k))[1] for k in range(self.order + 1)]
-        return [_Step(L_end[i], S_end[i], B_end[i], C_end[i], [moment[i] for moment in E]) for i in range(len(lam) - 1)]
+        B_end = C_end = torch.zeros_like(L_end)
+        if bool(self.statistics.b.any()):
+            drift = torch.exp(-S) * (b[0] + b[1] * u)
+            inside = torch.einsum("pn...,mn->pm...", drift, _CUMULATIVE) * w
+            B, B_end = from_start(inside, torch.einsum("pn...,n->p...", drift, _WEIGHTS) * w[:, 0])
+            C_end = over_steps(growth * B)
+        E = [over_steps(growth, k) for k in range(self.order + 1)]
+        columns = [list(v.unbind()) if own else v.tolist() for v in (L_end, S_end, torch.exp(S_end), B_end, C_end, *E)]
+        return [_Step(*row[:5], row[5:]) for row in map(list, zip(*columns, strict=True))]
 
 
 def _pieces(lam: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,31 +336,26 @@ def _pieces(lam: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
     return ends, torch.searchsorted(lam, ends[:-1], right=True) - 1
 
 
-def _refer(steps: Sequence[_Step], i: int, j: int) -> tuple[Tensor, Tensor]:
+def _refer(steps: Sequence[_Step], i: int, j: int) -> tuple[Scalar, Scalar]:
     """(e^{-S_j}, B_j) of node j, counted from node i: g_j = e^{-S_j} f_j - B_j."""
     if j == i + 1:
-        return torch.exp(-steps[i].S), steps[i].B
-    grown, offset = torch.ones_like(steps[i].S), torch.zeros_like(steps[i].S)
+        return 1 / steps[i].grown, steps[i].B
+    grown: Scalar = 1.0
+    offset: Scalar = 0.0
     for k in range(i - 1, j - 1, -1):
         # S counted from i is S counted from k minus that of the step k -> k+1
-        grown = grown * torch.exp(steps[k].S)
+        grown = grown * steps[k].grown
         offset = offset - grown * steps[k].B
     return grown, offset
 
 
-def _newton_weights(place: Sequence[float], moments: Sequence[Tensor]) -> list[Tensor]:
+def _newton_weights(place: Sequence[float], moments: Sequence[Scalar]) -> list[Scalar]:
     """w_j with sum_j w_j g_j = sum_k moments_k g[place_0, ..., place_k], divided differences."""
-    weights = [torch.zeros_like(moments[0]) for _ in place]
+    weights: list[Scalar] = [0.0] * len(place)
     for k, moment in enumerate(moments):
         for j in range(k + 1):
             weights[j] = weights[j] + moment / math.prod(place[j] - place[m] for m in range(k + 1) if m != j)
     return weights
-
-
-def _plain(form: Form) -> Form:
-    """The same form with floats for coefficients."""
-    states, outputs = ({j: float(w) for j, w in part.items()} for part in (form.states, form.outputs))
-    return Form(states, outputs, float(form.constant))
 
 
 def _gauss_legendre(count: int) -> tuple[Tensor, Tensor, Tensor]:

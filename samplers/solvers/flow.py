@@ -27,7 +27,7 @@ def check_flow(schedule: NoiseSchedule) -> None:
 class FlowSolver(Multistep):
     """x_t = x_s + (sigma_t - sigma_s) sum_j w_j u_j, Adams-Bashforth on the velocity u = eps - x0; flow models only.
 
-    ``steps`` says which steps the weights are those of:
+    ``weights`` says which steps the weights are those of:
 
         variable   the steps as they are: exact for velocities polynomial in sigma
         equal      fixed weights, as "adam2" and "adam4" are published; of the full order on even grids only, of order 2 at
@@ -38,7 +38,7 @@ class FlowSolver(Multistep):
     Source: Adams-Bashforth, as a baseline in Differentiable Solver Search, 2505.21114, section 4.
     """
 
-    steps: Literal["variable", "equal"] = "variable"
+    weights: Literal["variable", "equal"] = "variable"
     lower_order_final: bool = False
     basis: Basis = "velocity"
     max_order: ClassVar[int] = 4
@@ -46,8 +46,8 @@ class FlowSolver(Multistep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps not in ("variable", "equal"):
-            raise FewstepError(unknown("kind of steps", self.steps, ("variable", "equal")))
+        if self.weights not in ("variable", "equal"):
+            raise FewstepError(unknown("weights of FlowSolver", self.weights, ("variable", "equal")))
 
     def orders(self, grid: Grid) -> list[int]:
         n = grid.steps
@@ -58,14 +58,14 @@ class FlowSolver(Multistep):
     @property
     def convergence_order(self) -> int:
         """On grids whose steps change smoothly."""
-        return self.order if self.steps == "variable" else min(self.order, 2)
+        return self.order if self.weights == "variable" else min(self.order, 2)
 
     def on(self, schedule: NoiseSchedule) -> Multistep:
         check_flow(schedule)
         return self
 
     def row(self, s: Point, t: Point, past: Sequence[Point]) -> Row:
-        if self.steps == "variable":
+        if self.weights == "variable":
             return lagrange_row("velocity", "sigma", past, s, t)
         return Row(1.0, [(t.sigma - s.sigma) * w for w in EQUAL_STEPS[len(past)]])
 

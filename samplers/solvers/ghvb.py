@@ -37,9 +37,9 @@ class GHVB(Multistep):
 
     ``weights``:
 
-        exact        those for which the row, written over the outputs, is exact for polynomials of degree < order in
+        variable    those for which the row, written over the outputs, is exact for polynomials of degree < order in
                      ``variable``, as the method without momentum is: the order is kept on every grid
-        published    w_j = c_j(beta) / beta of the paper, their limit for equal steps in rho far from the start: the order
+        equal       w_j = c_j(beta) / beta of the paper, their limit for equal steps in rho far from the start: the order
                      is kept there, and is 1 on other grids
 
     The paper writes order and momentum as one number: 3.7 is order 4 with beta = 0.7 (:meth:`of`). Smaller betas give a
@@ -52,20 +52,20 @@ class GHVB(Multistep):
     basis: Basis = "noise"
     beta: float = 0.8
     variable: Variable = "rho"
-    weights: Literal["exact", "published"] = "exact"
+    weights: Literal["variable", "equal"] = "variable"
     max_order: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_beta(self.beta)
-        if self.weights not in ("exact", "published"):
-            raise FewstepError(unknown("weights of GHVB", self.weights, ("exact", "published")))
+        if self.weights not in ("variable", "equal"):
+            raise FewstepError(unknown("weights of GHVB", self.weights, ("variable", "equal")))
         if self.variable not in VARIABLES[self.basis]:
             raise FewstepError(
                 unknown(f"variable of GHVB in the {self.basis} basis", self.variable, VARIABLES[self.basis])
             )
-        if self.weights == "published" and self.variable != "rho":
-            raise FewstepError(f"GHVB's published weights are for the variable 'rho', got {self.variable!r}")
+        if self.weights == "equal" and self.variable != "rho":
+            raise FewstepError(f"GHVB's weights of equal steps are for the variable 'rho', got {self.variable!r}")
 
     @staticmethod
     def of(order: float) -> GHVB:
@@ -86,15 +86,15 @@ class GHVB(Multistep):
 
     def rows(self, points: Sequence[Point], orders: Sequence[int]) -> list[Row]:
         # an output at lambda = -inf carries no weight, so the filter begins behind it
-        begin = 1 if math.isinf(value(points[0].lam)) else 0
+        begin = int(points[0].pure_noise)
         slots = [Form()] * begin + filtered([Form.output(i) for i in range(begin, len(orders))], self.beta)
         rows = super().rows(points, [*orders[:begin], *[1] * (len(orders) - begin)])
         for i in range(begin, len(orders)):
             s, t = points[i], points[i + 1]
-            if math.isinf(value(t.lam)):
+            if t.clean:
                 continue  # the last step, of first order: nothing would make up for the lag
             p = min(orders[i], i + 1 - begin)
-            if self.weights == "published":
+            if self.weights == "equal":
                 scale = t.alpha * (t.rho - s.rho)
                 weights: list[Scalar] = [scale * w for w in published_weights(p, self.beta)]
             else:

@@ -27,7 +27,7 @@ EQUAL_STEPS: dict[int, tuple[float, ...]] = {
 class IPNDM(Multistep):
     """x_t = (alpha_t/alpha_s) x_s + alpha_t (rho_t - rho_s) sum_j w_j eps_j.
 
-    ``steps`` says which steps the weights are those of:
+    ``weights`` says which steps the weights are those of:
 
         equal         Adams and Bashforth's fixed weights, as published. Of the full order on grids that are even in rho, of
                       order 2 at most where steps change smoothly, else of order 1.
@@ -41,7 +41,7 @@ class IPNDM(Multistep):
     """
 
     order: int = 4
-    steps: Literal["equal", "variable", "diff_sampler"] = "equal"
+    weights: Literal["equal", "variable", "diff_sampler"] = "equal"
     lower_order_final: bool = False
     basis: Basis = "noise"
     max_order: ClassVar[int] = 4
@@ -49,8 +49,8 @@ class IPNDM(Multistep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps not in ("equal", "variable", "diff_sampler"):
-            raise FewstepError(unknown("kind of iPNDM steps", self.steps, ("equal", "variable", "diff_sampler")))
+        if self.weights not in ("equal", "variable", "diff_sampler"):
+            raise FewstepError(unknown("weights of iPNDM", self.weights, ("equal", "variable", "diff_sampler")))
 
     @property
     def in_lambda(self) -> bool:
@@ -60,18 +60,18 @@ class IPNDM(Multistep):
     def convergence_order(self) -> int:
         """On grids whose steps change smoothly."""
         most = {"variable": 4, "equal": 2, "diff_sampler": 2 if self.order < 4 else 1}
-        return min(self.order, most[self.steps])
+        return min(self.order, most[self.weights])
 
     @property
     def consistent(self) -> bool:
-        return not (self.steps == "diff_sampler" and self.order == 4)
+        return not (self.weights == "diff_sampler" and self.order == 4)
 
     def row(self, s: Point, t: Point, past: Sequence[Point]) -> Row:
-        if self.steps == "variable":
+        if self.weights == "variable":
             return lagrange_row("noise", "rho", past, s, t)
         usable = [p for p in past if math.isfinite(value(p.lam))]  # at alpha = 0 there was no noise prediction to keep
         weights: Sequence[Scalar] = EQUAL_STEPS[len(usable)]
-        if self.steps == "diff_sampler":
+        if self.weights == "diff_sampler":
             weights = _diff_sampler([t.rho, *(p.rho for p in usable)])
         scale = t.alpha * (t.rho - s.rho)
         return Row(linear_part("noise", s, t), [*(scale * w for w in weights), *[0.0] * (len(past) - len(usable))])

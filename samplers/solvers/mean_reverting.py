@@ -19,14 +19,14 @@ from fewstep.samplers.solvers.dpm_solver import DPMSolver
 
 @dataclass(frozen=True)
 class MeanReverting(Solver):
-    """``solver`` on x_t = alpha x0 + (1 - alpha) mu + sigma eps: centre, solve, un-centre.
+    """``base`` on x_t = alpha x0 + (1 - alpha) mu + sigma eps: centre, solve, un-centre.
 
-    X - mu is an ordinary diffusion of x0 - mu, whose rows are those of ``solver``; written for X they add a multiple of mu,
+    X - mu is an ordinary diffusion of x0 - mu, whose rows are those of ``base``; written for X they add a multiple of mu,
     the plan's ``constant``: 1 - sum_k state[k] - sum_j output[j] for outputs x0, and 1 - sum_k state[k] for outputs eps.
     Where a network that predicts eps is read as x0, mu's share in that conversion is part of the same number, so a step
     costs one multiply-add more than without mu.
 
-    The MR sampler's four kinds are those of the solver: ``DPMSolver(order=3, basis="noise")``, ``DPMSolver(order=3)``, and
+    The MR sampler's four kinds are those of the base: ``DPMSolver(order=3, basis="noise")``, ``DPMSolver(order=3)``, and
     ``DPMSolver(order=2, eta=1)`` for the SDE; its third order is ``third_order="as_published"``. On ResShift's process
     :class:`ResShift` is the published sampler; the deterministic solvers need fewer of its steps.
 
@@ -34,30 +34,28 @@ class MeanReverting(Solver):
     3 and appendix A.
     """
 
-    solver: Solver = field(default_factory=DPMSolver)
+    base: Solver = field(default_factory=DPMSolver)
     bases: ClassVar[tuple[Basis, ...]] = ("data", "noise")
 
     @property
     def convergence_order(self) -> int:
-        return self.solver.convergence_order
+        return self.base.convergence_order
 
     @property
     def consistent(self) -> bool:
-        return self.solver.consistent
+        return self.base.consistent
 
     def compile(self, schedule: NoiseSchedule, grid: Grid) -> SolverPlan:
         if not isinstance(schedule, Reverting):
             raise FewstepError(
-                f"{type(schedule).__name__} does not revert to a mean; compile {self.solver} itself, "
+                f"{type(schedule).__name__} does not revert to a mean; compile {self.base} itself, "
                 "or make the schedule with process='mean_reverting' or 'residual_shift'"
             )
         points_of(schedule, grid)
         centred = schedule.centred()
-        plan = self.solver.compile(centred, replace(grid, schedule=centred))
+        plan = self.base.compile(centred, replace(grid, schedule=centred))
         if plan.sample_shape:
-            raise FewstepError(
-                f"{self.solver} brings constants of its own; take a solver without calibrated statistics"
-            )
+            raise FewstepError(f"{self.base} brings constants of its own; take a solver without calibrated statistics")
         plan = replace(plan, schedule=schedule.identity(), fingerprint=schedule.fingerprint, method=str(self))
         return checked(replace(plan, constant=plan.reverting_constant()), strict=self.consistent)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fewstep.errors import FewstepError
-from fewstep.samplers.forms import Form, combine, direction, plan_from_forms, predict_correct
+from fewstep.samplers.forms import Form, combine, direction, filtered, plan_from_forms, predict_correct
 from fewstep.samplers.grid import Grid, Point
 from fewstep.samplers.lagrange import Basis, Row
 from fewstep.samplers.plan import SolverPlan
-from fewstep.samplers.scalar import Scalar, value
+from fewstep.samplers.scalar import Scalar
 from fewstep.samplers.schedule import NoiseSchedule
 from fewstep.samplers.solver import Multistep, Solver, checked, points_of
 from fewstep.samplers.solvers.dpm_solver import DPMSolver
@@ -77,21 +76,18 @@ class HeavyBall(Solver):
     def _filtered(self, rows: Sequence[Row | None], points: Sequence[Point], begin: int) -> list[Form | None]:
         """The directions of ``rows``, row i being that of the interval from point i + ``begin``."""
         outputs = [Form.output(i) for i in range(len(rows))]
-        v: Form | None = None
-        result: list[Form | None] = []
+        result = [None if row is None else direction(row, outputs[i::-1]) for i, row in enumerate(rows)]
+        scales: dict[int, Scalar] = {}
         for i, row in enumerate(rows):
-            if row is None:
-                result.append(None)
-                continue
-            plain = direction(row, outputs[i::-1])
-            if any(math.isinf(value(points[j].lam)) for j in (i + begin, i + begin + 1)):
-                result.append(plain)
-                continue
-            scale: Scalar = sum(row.outputs)
-            g = combine([(1 / scale, plain)])
-            v = g if v is None else combine([(1 - self.beta, v), (self.beta, g)])
-            taken = combine([(1 - self.beta, v), (self.beta, g)]) if self.nesterov else v
-            result.append(combine([(scale, taken)]))
+            s, t = points[i + begin], points[i + begin + 1]
+            if row is not None and not s.pure_noise and not t.clean:
+                scales[i] = sum(row.outputs)
+        own = [combine([(1 / scale, result[i] or Form())]) for i, scale in scales.items()]
+        velocity = filtered(own, self.beta)
+        if self.nesterov:
+            velocity = [combine([(1 - self.beta, v), (self.beta, g)]) for v, g in zip(velocity, own, strict=True)]
+        for (i, scale), v in zip(scales.items(), velocity, strict=True):
+            result[i] = combine([(scale, v)])
         return result
 
 

@@ -8,13 +8,12 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fewstep.errors import FewstepError, GridError, unknown
 from fewstep.samplers import spacing
 from fewstep.samplers.grid import Grid
 from fewstep.samplers.lagrange import Basis
-from fewstep.samplers.plan import SolverPlan
+from fewstep.samplers.plan import SolverPlan, widened
 from fewstep.samplers.schedule import NoiseSchedule, f64
 from fewstep.samplers.solver import Multistep, Solver, checked, points_of
 from fewstep.samplers.solvers.dpm_solver import DPMSolver
@@ -186,13 +185,10 @@ def _joined(plans: Sequence[SolverPlan]) -> SolverPlan:
     columns: dict[str, Any] = {}
     for name in ("state", "output"):
         width = max(getattr(part, name).shape[1] for part in parts)
-        columns[name] = torch.cat([_widened(getattr(part, name), width) for part in parts])
+        columns[name] = torch.cat([widened(getattr(part, name), width) for part in parts])
     for name in ("noise", "constant", "model_time", "in_scale", "evaluate"):
         columns[name] = torch.cat([getattr(part, name) for part in parts])
-    for name in (
-        "alpha",
-        "sigma",
-    ):  # a re-noising row brings no level of its own: it leads from one plan's to the next's
+    for name in ("alpha", "sigma"):  # a re-noising row has no level of its own: it leads from one plan's to the next's
         columns[name] = torch.cat([getattr(plan, name) for plan in plans])
     basis = tuple(b for part in parts for b in part.basis)
     return replace(plans[0], basis=basis, order=min(plan.order for plan in plans), **columns)
@@ -215,8 +211,3 @@ def _renoising(before: SolverPlan, after: SolverPlan) -> SolverPlan:
         evaluate=torch.zeros(1, dtype=torch.bool, device="cpu"),
         basis=before.basis[-1:],
     )
-
-
-def _widened(columns: Tensor, width: int) -> Tensor:
-    missing = columns.new_zeros(len(columns), width - columns.shape[1], *columns.shape[2:])
-    return torch.cat([columns, missing], 1)

@@ -63,6 +63,8 @@ class RungeKutta(Singlestep):
 
     method: str = "heun"
     basis: Basis = field(default="noise", kw_only=True)
+    euler_below: int = 0
+    """On grids of fewer calls than this, Euler's method: strong guidance throws a stage at the end of a long step far off."""
     bases: ClassVar[tuple[Basis, ...]] = ("noise", "velocity")
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class RungeKutta(Singlestep):
         return own if calls == len(own.b) else TABLEAUS[_REST[calls]]
 
     def sequence(self, calls: int) -> list[int]:
-        k = len(TABLEAUS[self.method].b)
+        k = len(TABLEAUS[self.method].b) if calls >= self.euler_below else 1
         return [k] * (calls // k) + [calls % k] * (calls % k > 0)
 
     def stages(self, s: Point, t: Point, between: Sequence[Point]) -> list[Scalar]:

@@ -14,7 +14,7 @@ from fewstep.samplers.forms import Form, plan_from_forms
 from fewstep.samplers.grid import Grid, Point
 from fewstep.samplers.lagrange import Basis, Row, lagrange_row
 from fewstep.samplers.plan import SolverPlan
-from fewstep.samplers.scalar import Scalar, stack, value
+from fewstep.samplers.scalar import Scalar, stack
 from fewstep.samplers.schedule import NoiseSchedule
 from fewstep.samplers.solver import Solver, checked, points_of
 
@@ -124,4 +124,4 @@ class Singlestep(Solver):
 
     def _starts_at_pure_noise(self, s: Point) -> bool:
         """At alpha = 0 only x0 says where to go; the step is of first order and the noise basis begins after it."""
-        return self.basis == "noise" and value(s.lam) == -float("inf")
+        return self.basis == "noise" and s.pure_noise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +9,7 @@ from typing import ClassVar, Literal
 from fewstep.errors import FewstepError, unknown
 from fewstep.samplers.grid import Point
 from fewstep.samplers.lagrange import Row, lagrange_row
-from fewstep.samplers.scalar import Scalar, value
+from fewstep.samplers.scalar import Scalar
 from fewstep.samplers.solver import Multistep
 from fewstep.samplers.solvers.dpm_solver import secant_row
 
@@ -37,15 +36,15 @@ class UniPC(Multistep):
     """
 
     lower_order_below: int | None = None
-    b: Literal["bh1", "bh2"] = "bh2"
-    disable_corrector: tuple[int, ...] = ()
-    """Intervals whose end is not corrected; [0] helps under strong guidance."""
+    solver_type: Literal["bh1", "bh2"] = "bh2"
+    disable_corrector: tuple[int, ...] | None = ()
+    """Intervals whose end is not corrected. None: the first two on grids of fewer than 15 steps, see :func:`uncorrected`."""
     max_order: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.b not in ("bh1", "bh2"):
-            raise FewstepError(unknown("solver_type", self.b, ("bh1", "bh2")))
+        if self.solver_type not in ("bh1", "bh2"):
+            raise FewstepError(unknown("solver_type", self.solver_type, ("bh1", "bh2")))
 
     @property
     def convergence_order(self) -> int:
@@ -53,7 +52,7 @@ class UniPC(Multistep):
         return self.order if self.disable_corrector else self.order + 1
 
     def _half(self, first: Row, s: Point, t: Point) -> Scalar:
-        if self.b == "bh2":
+        if self.solver_type == "bh2":
             return 0.5 * first.outputs[0]
         h = t.lam - s.lam
         return 0.5 * t.alpha * h if self.basis == "data" else -0.5 * t.sigma * h
@@ -74,11 +73,21 @@ class UniPC(Multistep):
         return Row(first.state, [half, first.outputs[0] - half])
 
     def correctors(self, points: Sequence[Point], orders: Sequence[int]) -> list[Row | None]:
+        left_out = uncorrected(self.disable_corrector, len(orders), 2)
         rows: list[Row | None] = [None]
         for i in range(1, len(orders)):
             s, t = points[i - 1], points[i]
             # from lambda = -inf B(h) = h is infinite, and in the noise basis so is the state's ratio
-            unbounded = math.isinf(value(s.lam)) and (self.b == "bh1" or self.basis == "noise")
-            skipped = i - 1 in self.disable_corrector or unbounded
+            unbounded = s.pure_noise and (self.solver_type == "bh1" or self.basis == "noise")
+            skipped = i - 1 in left_out or unbounded
             rows.append(None if skipped else self.corrector(s, t, [points[i - 1 - k] for k in range(orders[i - 1])]))
         return rows
+
+
+def uncorrected(chosen: tuple[int, ...] | None, steps: int, early: int) -> tuple[int, ...]:
+    """``chosen``; for None the first ``early`` intervals on grids of fewer than 15 steps, and none on longer ones.
+
+    A correction between the first long steps takes a secant for a derivative. Under strong guidance that can throw a state
+    far off, which no later step makes up for.
+    """
+    return chosen if chosen is not None else tuple(range(early)) if steps < 15 else ()

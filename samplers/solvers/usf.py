@@ -102,13 +102,13 @@ class Decision:
         """The step from ``s`` to ``t`` over the outputs at ``past``, newest first, at most this order of them kept."""
         order = min(self.order, len(past))
         if self.relaxation != "none" and order <= 2:
-            return UniPC(b=self.relaxation, basis=self.basis).row(s, t, past)
+            return UniPC(solver_type=self.relaxation, basis=self.basis).row(s, t, past)
         return lagrange_row(self.basis, self.variable, past, s, t, moment_factors=self._factors(order, len(past), s, t))
 
     def correction(self, s: Point, t: Point, past: Sequence[Point]) -> Row:
         """The same step over the outputs at t and ``past``."""
         if self.relaxation != "none" and len(past) == 1:
-            return UniPC(b=self.relaxation, basis=self.basis).corrector(s, t, past)
+            return UniPC(solver_type=self.relaxation, basis=self.basis).corrector(s, t, past)
         return lagrange_row(self.basis, self.variable, [t, *past], s, t)
 
     def _factors(self, order: int, count: int, s: Point, t: Point) -> list[float]:
@@ -215,10 +215,10 @@ class _Build:
         points = self.points
         self.corrected.append(self._correct(i))
         s, t = points[i], points[i + 1]
-        start = i - decision.start if decision.start <= i and not _pure_noise(points[i - decision.start]) else i
+        start = i - decision.start if decision.start <= i and not points[i - decision.start].pure_noise else i
         nodes = [i - k for k in decision.nodes or range(decision.order) if k <= i]
         basis = _usable(decision.basis, s)
-        if math.isinf(value(t.lam)) and decision.variable == "lambda":
+        if t.clean and decision.variable == "lambda":
             nodes, start = [i], i
         if basis != decision.basis:
             row = lagrange_row(basis, "lambda", [s], s, t)
@@ -226,7 +226,7 @@ class _Build:
             row = decision.row(points[start], t, [points[j] for j in nodes])
         self.states.append(combine([(row.state, self.corrected[start]), *self._read(row.outputs, nodes, basis)]))
         # from alpha = 0 on B(h) = h is infinite, and so is the ratio of the noise basis
-        correctable = not _pure_noise(s) or (decision.basis == "data" and decision.relaxation != "bh1")
+        correctable = not s.pure_noise or (decision.basis == "data" and decision.relaxation != "bh1")
         self.pending = (decision, row, nodes, start) if decision.corrector and correctable else None
 
     def _correct(self, i: int) -> Form:
@@ -261,8 +261,4 @@ class _Build:
 
 def _usable(basis: Basis, at: Point) -> Basis:
     """At alpha = 0 the noise says nothing about where to go, but x0 does."""
-    return "data" if basis == "noise" and _pure_noise(at) else basis
-
-
-def _pure_noise(point: Point) -> bool:
-    return math.isinf(value(point.lam)) and value(point.lam) < 0
+    return "data" if basis == "noise" and at.pure_noise else basis

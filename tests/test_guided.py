@@ -1,0 +1,47 @@
+"""Five steps under strong guidance: no scheduler, as it comes, may be worse than the simplest one."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fewstep.samplers import Grid, NoiseSchedule, UniPC, make_scheduler, sample
+from fewstep.samplers.specs import scheduler_names
+from fewstep.samplers.testing import GaussianMixture
+from tests.scheduler_fixtures import SD, run
+
+MIXTURE = GaussianMixture.random(8, 64, seed=0)
+STEPS, SCALE, SEEDS = 5, 7.5, 256
+NOISE = torch.randn(SEEDS, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+CONFIGS = {
+    "bare": dict(SD),
+    "trailing": {**SD, "timestep_spacing": "trailing"},
+    "leading": {**SD, "timestep_spacing": "leading", "steps_offset": 1},  # Stable Diffusion's own
+    "v": {**SD, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    "flow": dict(FlowMatchEulerDiscreteScheduler(shift=3.0).config),
+}
+NEITHER = {"MeanReverting", "Restart"}
+"""Processes or noise of their own: no reference trajectory is theirs."""
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def problem(request):
+    """A config, its guided network, and where 200 steps of a method of fourth order lead."""
+    config = CONFIGS[request.param]
+    schedule = NoiseSchedule.from_config(config)
+    network = MIXTURE.guided(schedule, [0], SCALE)
+    grid = Grid.uniform_t(schedule, 200, spacing="trailing")
+    return config, network, sample(network, NOISE, UniPC(order=3).compile(schedule, grid))
+
+
+def error(spec, problem):
+    config, network, reference = problem
+    found = run(make_scheduler(spec, config), network, NOISE, STEPS)
+    return float((found - reference).square().mean(1).sqrt().mean())
+
+
+def test_no_scheduler_is_worse_than_ddim_at_five_guided_steps(problem):
+    flow = NoiseSchedule.from_config(problem[0]).family == "flow"
+    names = [name for name in scheduler_names() if name not in NEITHER and (flow or name != "Flow")]
+    allowed = 1.1 * error("DDIM", problem)
+    errors = {name: error(name, problem) for name in names}
+    assert {name: value for name, value in errors.items() if not value <= allowed} == {}
