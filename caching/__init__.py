@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fewstep.caching.methods.encoder_propagation import EncoderPropagation as EncoderPropagation
     from fewstep.caching.methods.first_block import DBCache as DBCache
     from fewstep.caching.methods.first_block import FirstBlockCache as FirstBlockCache
+    from fewstep.caching.methods.erta import ERTACache as ERTACache
     from fewstep.caching.methods.interval import FORA as FORA
     from fewstep.caching.methods.interval import DeltaDiT as DeltaDiT
     from fewstep.caching.methods.interval import Interval as Interval
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fewstep.caching.methods.teacache import PolynomialFit as PolynomialFit
     from fewstep.caching.methods.teacache import TeaCache as TeaCache
     from fewstep.caching.methods.teacache import fit_polynomial as fit_polynomial
+    from fewstep.caching.methods.router import Router as Router
     from fewstep.caching.plan import CachePlan as CachePlan
     from fewstep.caching.predictors import Affine as Affine
     from fewstep.caching.predictors import Extrapolate as Extrapolate
@@ -67,6 +69,8 @@ _MODULES = {
     "methods.rehash": ("StepRehash",),
     "methods.taylorseer": ("TaylorSeer",),
     "methods.teacache": ("PolynomialFit", "TeaCache", "fit_polynomial"),
+    "methods.erta": ("ERTACache",),
+    "methods.router": ("Router",),
     "plan": ("CachePlan",),
     "predictors": ("Affine", "Extrapolate", "Hold", "Momentum", "Scale", "Taylor"),
     "profiling": ("profile",),

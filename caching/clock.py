@@ -56,9 +56,10 @@ class Clock:
         if (element := _element(timestep)) is not None:
             times, position, total = element
             same = self._list is not None and self._list.data_ptr() == times.data_ptr()
-            self._list = times
+            self._list, self._last = times, timestep
             return self._at(stream, position, not same or self._passed(stream, position), total)
         if step_index is not None:
+            self._last = timestep
             return self._at(stream, step_index, self._step < 0 or self._passed(stream, step_index), total)
         tick = self._by_value(stream, timestep)
         return Tick(tick.step, tick.fresh, total)

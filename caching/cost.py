@@ -87,10 +87,10 @@ def row_macs(
     halves = any(family.site(name).halves for name in plan.sites)
     arguments = on_meta(family.example(1 + halves) if inputs is None else dict(inputs))
     full = np.full((1, len(plan.sites)), Action.COMPUTE)
+    lead = [full] * plan.predictor.depth  # the first of these is not kept, which may have a cost of its own
     # where a row runs half of the batch, the next one must not find what it kept
-    table = (
-        np.concatenate([np.concatenate([full, row[None]]) for row in rows]) if halves else np.concatenate([full, rows])
-    )
+    pairs = [part for row in rows for part in (full, row[None])]
+    table = np.concatenate([*lead, *(pairs if halves else (full, rows))])
     probe = CachePlan(plan.sites, table, plan.predictor, plan.model)
     shadow = meta_copy(model)
     cache = ModelCache(shadow, [probe], probe.steps)
@@ -108,7 +108,8 @@ def row_macs(
         ) from error
     finally:
         cache.remove()
-    return counts[:1] + counts[1::2] if halves else counts
+    first = len(lead) + 1
+    return counts[:1] + (counts[first::2] if halves else counts[first:])
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

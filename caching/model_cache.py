@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,9 +85,7 @@ class Stream:
     def cell(self, index: int, rows: Rows | None) -> Cell:
         """The memory of a site for the samples that run. What part of the batch computed last is of no use to all of it."""
         whole, cut = self.cells[index], self.cut.get(index)
-        newer = cut is not None and (-1 if cut.computed is None else cut.computed) > (
-            -1 if whole.computed is None else whole.computed
-        )
+        newer = cut is not None and cut.newest > whole.newest
         if rows is None:
             if newer:
                 whole = self.cells[index] = Cell.empty(whole.site, whole.history.maxlen or 1)
@@ -142,6 +141,9 @@ class ModelCache:
         self._check_disjoint()
         self.enabled = True
         self.teacher: Fit | None = None  # in calibration: sees the true value of every reused site
+        self.lesson: Callable[[Callable[[], Any], Callable[[], Any]], Any] | None = (
+            None  # in training: (cached, uncached)
+        )
         self.observers: list[Callable[[Call, Any], None]] = []  # called with every call and its output
         self.log: Counter[tuple[int, int, int]] = Counter()
         self.forced = 0
@@ -159,6 +161,12 @@ class ModelCache:
     def reset(self) -> None:
         """Forget everything kept; the next call starts a trajectory. The log stays."""
         self._start()
+
+    def rebatch(self, change: Callable[[Any], Any], sample: Any) -> None:
+        """Change the batch of what is kept, to fit a next call that is made with ``sample``."""
+        for stream in self._by_name.values():
+            stream.cells = [cell.mapped(change) for cell in stream.cells]
+            stream.layout, stream.cut = layout([sample]), {}
 
     def streams(self) -> list[Stream]:
         """What is kept now, for each stream of the trajectory."""
@@ -194,12 +202,12 @@ class ModelCache:
         self._start()
 
     def _check_disjoint(self) -> None:
-        owner: dict[tuple[str, bool], str] = {}
+        owner: dict[tuple[str, bool], Site] = {}
         for site in self.sites:
             for role in site.roles:
-                if (other := owner.setdefault((role.path, role.wraps), site.name)) is not site.name:
+                if (other := owner.setdefault((role.path, role.wraps), site)) is not site:
                     raise FewstepError(
-                        f"sites {other!r} and {site.name!r} share {role.path or 'the model'!r}; give disjoint ones"
+                        f"sites {other.name!r} and {site.name!r} share {role.path or 'the model'!r}; give disjoint ones"
                     )
 
     def _install(self) -> None:
@@ -252,7 +260,8 @@ class ModelCache:
             return forward(*args, **kwargs)
         try:
             self.call = self._begin(context, self.family.arguments(args, kwargs))
-            out = self._run(forward, args, kwargs)
+            run = functools.partial(self._run, forward, args, kwargs)
+            out = self.lesson(run, functools.partial(self._bare, forward, args, kwargs)) if self.lesson else run()
             for observer in self.observers:
                 observer(self.call, out)
             return out
@@ -262,6 +271,14 @@ class ModelCache:
         finally:
             self._count()
             self.call = None
+
+    def _bare(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The network's output as if it had no cache, in the middle of a call."""
+        call, self.call = self.call, None
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.call = call
 
     def _run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         for index, role in self._roles():

@@ -87,7 +87,7 @@ class CacheReport:
         if self.hit_rate == 0:
             found.append("nothing was reused: the cache only costs; a larger interval, threshold or budget is needed")
         if (
-            not any(counter[Action.COMPUTE] for (step, _), counter in self.counts.items() if step > 0)
+            all(set(+counter) == {Action.REUSE} for (step, _), counter in self.counts.items() if step > 0)
             and self.steps > 1
         ):
             found.append("everything after the first step was reused: the images hardly depend on the steps any more")

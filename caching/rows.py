@@ -39,3 +39,8 @@ class Rows:
         # a vector or a table with a multiple of the batch's length is something else than frames
         whole = not isinstance(value, Tensor) or value.ndim > 2 or value.shape[:1] == (self.total,)
         return self.of(value) if whole else value
+
+
+def repeated(value: Any, times: int) -> Any:
+    """A tensor with its batch ``times`` times over, one copy after the other."""
+    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value

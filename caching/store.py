@@ -87,6 +87,14 @@ class Cell:
             self.parts[path] = Cell.empty(f"{self.site}:{path}", self.history.maxlen or 1)
         return self.parts[path]
 
+    @property
+    def newest(self) -> int:
+        """The step of the last value that was kept, -1 where there is none."""
+        own = self.history[0].step if self.history else -1
+        return max(
+            own, -1 if self.computed is None else self.computed, *(part.newest for part in self.parts.values()), -1
+        )
+
     def mapped(self, change: Callable[[Any], Any]) -> Cell:
         """A cell that holds what ``change`` makes of every tensor: some rows of it, or it several times."""
         return Cell(

@@ -57,7 +57,7 @@ def test_computing_everything_and_removing_change_no_bit(tiny, model):
     streams = [tiny.conditioning()]
     plain, keys = trajectory(tiny, model, streams), list(model.state_dict())
     for site in site_names(model):
-        with caching.applied(model, plan_of(site, "CCCCR")):
+        with caching.applied(model, plan_of(site, "CCCR")):
             cached = trajectory(tiny, model, streams)
             assert list(model.state_dict()) == keys
         assert same(cached[:-1], plain[:-1]), site  # what the last step reuses is kept at the one before
@@ -80,13 +80,24 @@ def test_reuse_on_an_input_that_does_not_change_is_computing(tiny, model):
 
 
 def test_every_site_saves_work(tiny, model):
-    inputs = {**tiny.conditioning(1), "timestep": torch.full((1,), 500)}
-    inputs[next(iter(family_of(model).signature.parameters.keys() - {"self"} & {"sample", "hidden_states"}))] = tiny.sample(1)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d)]
+    count = 0
+
+    def counted(*_):
+        nonlocal count
+        count += 1
+
+    handles = [layer.register_forward_pre_hook(counted) for layer in layers]
     for site in site_names(model):
-        cost = plan_of(site, "CR", 2).cost(model, inputs)
-        assert cost.macs[0] == cost.full
-        assert cost.macs[1] < cost.full, site
-        assert 0.5 <= cost.share < 1, site
+        made = []
+        with caching.applied(model, plan_of(site, "CR", 2)):
+            for t in timesteps(2):
+                before = count
+                trajectory(tiny, model, [tiny.conditioning()], [t])
+                made.append(count - before)
+        assert made[1] < made[0], site
+    for handle in handles:
+        handle.remove()
 
 
 def test_a_reused_stack_saves_what_its_blocks_cost():
@@ -98,7 +109,9 @@ def test_a_reused_stack_saves_what_its_blocks_cost():
     feed_forward = 2 * tokens * width * 4 * width
     modulation = 256 * width + width**2 + 6 * width**2  # each block embeds the time by itself
     cost = plan_of("blocks", "CR", 2).cost(model, inputs)
+    assert cost.full == cost.macs[0]
     assert cost.macs[0] - cost.macs[1] == 3 * (attention + feed_forward + modulation)
+    assert cost.share == pytest.approx((cost.macs[0] + cost.macs[1]) / (2 * cost.full))
 
 
 def calls(tiny, model, streams, contexts=None, samples=None):
@@ -117,7 +130,7 @@ def test_guidance_streams_do_not_share_and_their_order_does_not_matter(tiny, mod
     if not tiny.conditions and not contexts:
         pytest.skip("calls without conditioning cannot be told apart")
     streams = {"cond": tiny.conditioning(seed=2), "uncond": tiny.conditioning(seed=3)}
-    for site in site_names(model):
+    for site in site_names(model)[1::3]:
         with caching.applied(model, plan_of(site), num_inference_steps=STEPS) as controller:
             alone = {}
             for name in streams:
@@ -133,8 +146,8 @@ def test_guidance_streams_do_not_share_and_their_order_does_not_matter(tiny, mod
 
 def test_another_batch_in_the_middle_is_computed(tiny, model):
     big, small = tiny.conditioning(3), tiny.conditioning(1, seed=5)
-    for site in site_names(model):
-        with caching.applied(model, plan_of(site, "CCRRR")) as controller:
+    for site in site_names(model)[1::3]:
+        with caching.applied(model, plan_of(site, "CCRR")) as controller:
             times = timesteps()
             trajectory(tiny, model, [big], times[:3], x=tiny.sample(3))
             changed = trajectory(tiny, model, [small], times[3:4], x=tiny.sample(1, seed=4))
@@ -144,8 +157,8 @@ def test_another_batch_in_the_middle_is_computed(tiny, model):
 
 def test_another_batch_of_one_stream_drops_what_it_kept(tiny, model):
     big = tiny.conditioning(3)
-    for site in site_names(model):
-        with caching.applied(model, plan_of(site, "CCRRR")):
+    for site in site_names(model)[1::3]:
+        with caching.applied(model, plan_of(site, "CCRR")):
             times = timesteps()
             trajectory(tiny, model, [big], times[:3], ["cond"], x=tiny.sample(3))
             small = tiny.conditioning(1, seed=5)
@@ -172,8 +185,8 @@ def test_a_call_that_fails_leaves_nothing_to_reuse(tiny):
     model = tiny.model()
     streams, times = [tiny.conditioning()], timesteps()
     last = dict(model.named_modules())[family_of(model).branches("feed_forward")[-1]] if tiny.name != "unet2d" else model.conv_out
-    for site in site_names(model):
-        with caching.applied(model, plan_of(site, "CCCRR")):
+    for site in site_names(model)[1::3]:
+        with caching.applied(model, plan_of(site, "CCCR")):
             good = trajectory(tiny, model, streams, times)
             trajectory(tiny, model, streams, times[:2])
             handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
@@ -189,7 +202,7 @@ def test_a_call_that_fails_leaves_nothing_to_reuse(tiny):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_a_cache_of_their_own(tiny, copied):
     model, streams = tiny.model(), [tiny.conditioning()]
-    for site in site_names(model):
+    for site in site_names(model)[1::3]:
         with caching.applied(model, plan_of(site)):
             expected = trajectory(tiny, model, streams)
             trajectory(tiny, model, streams, timesteps()[:2])
@@ -208,14 +221,16 @@ def test_copies_have_a_cache_of_their_own(tiny, copied):
 
 def test_what_is_kept_ends_with_the_trajectory(tiny, model):
     streams = [tiny.conditioning()]
-    for site in site_names(model):
+    for site in site_names(model)[1::3]:
         with caching.applied(model, plan_of(site)):
             first = trajectory(tiny, model, streams)
             assert same(trajectory(tiny, model, streams), first), site  # on timesteps of its own
             times = timesteps()
             assert same(trajectory(tiny, model, streams, times), first), site
             assert same(trajectory(tiny, model, streams, times), first), site  # on the same ones again
-            assert same(trajectory(tiny, model, streams, [int(t) for t in times]), first) or tiny.name not in UNETS, site
+            apart = [torch.tensor(int(t)) for t in times]
+            assert same(trajectory(tiny, model, streams, apart), first), site  # with each timestep by itself
+            assert same(trajectory(tiny, model, streams, times), first), site
 
 
 def test_refusals_leave_the_model_as_it_was(tiny, model):
@@ -227,11 +242,11 @@ def test_refusals_leave_the_model_as_it_was(tiny, model):
     with pytest.raises(FewstepError, match="nowhere"):
         caching.apply_(model, caching.Interval(2, at=(whole, "nowhere")))
     with pytest.raises(FewstepError, match="share"):
-        caching.apply_(model, [plan_of(whole), plan_of(site_names(model)[-1])] if tiny.conditions else [plan_of(whole)] * 2)
+        caching.apply_(model, [plan_of(whole)] * 2)
     with pytest.raises(PlanError, match="was made for AnotherModel"):
         caching.apply_(model, caching.CachePlan((whole,), np.zeros((2, 1)), model={"class": "AnotherModel"}))
     assert untouched(model)
-    with caching.applied(model, plan_of(whole, "CRCRC")):
+    with caching.applied(model, plan_of(whole, "CRCR")):
         reused = trajectory(tiny, model, streams)
         with pytest.raises(FewstepError, match="has a cache already"):
             caching.apply_(model, caching.Interval(2))
@@ -246,7 +261,7 @@ def test_another_size_in_the_middle_is_computed(name):
     model, streams, times = tiny.model(), [tiny.conditioning()], timesteps()
     large = tiny.sample(shape=(tiny.shape[0], 16, 16))
     for site in site_names(model):
-        with caching.applied(model, plan_of(site, "CCRRR")):
+        with caching.applied(model, plan_of(site, "CCRR")):
             trajectory(tiny, model, streams, times[:3])
             changed = trajectory(tiny, model, streams, times[3:], x=large)[0]
         assert torch.equal(changed, trajectory(tiny, model, streams, times[3:4], x=large)[0]), site
@@ -256,7 +271,7 @@ def test_another_size_in_the_middle_is_computed(name):
 def test_controlnet_residuals_act_at_reused_steps(name):
     tiny = TINY[name]
     model, times = tiny.model(), torch.full((2,), 500)
-    shapes = [(8, 8, 8), (8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4), (16, 4, 4)]
+    shapes = [(8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4)]
     generator = torch.Generator().manual_seed(5)
 
     def control(strength):
@@ -308,6 +323,6 @@ def test_ranges_are_counted_over_all_lists_of_blocks(name):
 @pytest.mark.parametrize("name", UNETS)
 def test_a_branch_that_does_not_exist_is_refused(name):
     family = family_of(TINY[name].model())
-    assert family.branch_count == 5
-    with pytest.raises(FewstepError, match="branch 5"):
-        family.site("branch.5")
+    assert family.branch_count == 3
+    with pytest.raises(FewstepError, match="branch 3"):
+        family.site("branch.3")

@@ -25,6 +25,8 @@ from fewstep.caching.cost import row_macs
 from fewstep.caching.families import family_of
 from fewstep.caching.method import Method
 from fewstep.caching.methods.dp_cache import DPCache
+from fewstep.caching.methods.erta import ERTACache
+from fewstep.caching.methods.router import Router
 from fewstep.caching.plan import Actions, CachePlan
 from fewstep.errors import FewstepError
 
@@ -50,7 +52,8 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline with the scheduler that it will be used with; left as it was.
-        method: :class:`DPCache`, or a method with one knob (``DeepCache``'s interval, a threshold), which is then turned.
+        method: :class:`DPCache`, :class:`Router`, :class:`ERTACache`, or a method with one knob (``DeepCache``'s interval, a
+            threshold), which is then turned.
         prompts: drawn in turn; names of classes, or nothing, where the pipeline takes these.
         num_inference_steps: steps of the plan.
         guidance_scale: the pipeline's default where left out.
@@ -78,6 +81,14 @@ def calibrate(
     with _bar(progress) as tick:
         if isinstance(method, DPCache):
             plan, quality = _dp(method, wanted, train, test, tick)
+        elif isinstance(method, Router):
+            from fewstep.caching.calibration.routing import train as trained
+
+            plan, quality = trained(method, wanted, train, test, tick)
+        elif isinstance(method, ERTACache):
+            from fewstep.caching.calibration.rectifying import rectified
+
+            plan, quality = rectified(method, wanted, train, test, tick)
         else:
             from fewstep.caching.calibration.knobs import turn
 

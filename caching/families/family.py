@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fewstep.caching.forms import special_role
+from fewstep.caching.residual import RESIDUAL, OutputResidual
 from fewstep.caching.roles import Output, Role
 from fewstep.errors import FewstepError, unknown
 
@@ -65,6 +66,8 @@ class Family:
         """
         if name == OUTPUT:
             return Site(name, (Output(""),))
+        if name == RESIDUAL:
+            return Site(name, (OutputResidual(),))
         if role := special_role(self, name):
             return Site(name, (role,))
         if made := self.composite(name):

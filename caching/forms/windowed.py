@@ -132,7 +132,10 @@ class Attention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        given = {**dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
+        given = {
+            **dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)),
+            **kwargs,
+        }
         q, k, v = (given[name] for name in ("query", "key", "value"))
         if given.get("attn_mask") is not None or given.get("is_causal") or q.shape != k.shape:
             return func(*args, **kwargs)

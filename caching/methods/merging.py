@@ -93,7 +93,9 @@ def refuse_rotary(family: Family, method: str) -> None:
         or config.get("use_rotary_positional_embeddings")
         or config.get("axes_dims_rope")
     ):
-        raise FewstepError(f"{method} cannot merge tokens of {family.name}: it has rotary positions, which belong to tokens")
+        raise FewstepError(
+            f"{method} cannot merge tokens of {family.name}: it has rotary positions, which belong to tokens"
+        )
 
 
 def frame_options(family: Family) -> dict[str, int]:

@@ -52,13 +52,14 @@ def removable(model: Any) -> list[str]:
     if found:
         return found + [name for kind in kinds for name in family.branches(kind)]
     for name, module in family.model.named_modules():
-        channels = getattr(module, "in_channels", None), getattr(module, "out_channels", None)
-        resnet = type(module).__name__ == "ResnetBlock2D" and channels[0] == channels[1]
-        if resnet and not (getattr(module, "up", False) or getattr(module, "down", False)):
-            found.append(form_name("without", name))
-        elif name.rsplit(".", 2)[-2:-1] == ["attentions"]:
+        if _keeps_shape(module) or name.rsplit(".", 2)[-2:-1] == ["attentions"]:
             found.append(form_name("without", name))
     return found + [name for kind in kinds[:3] for name in family.branches(kind)]
+
+
+def _keeps_shape(module: Any) -> bool:
+    resnet = type(module).__name__ == "ResnetBlock2D"
+    return resnet and module.in_channels == module.out_channels and not (module.up or module.down)
 
 
 def removal_scores(pipe: Any, run: Callable[[], Tensor], at: Sequence[str] | None = None) -> dict[str, float]:

@@ -43,7 +43,9 @@ class ReAttention(Method):
 
     def sites(self, family: Family) -> list[str]:
         options = {"window": self.window, "rescale": int(self.rescale), "drift": self.drift, "outputs": 0}
-        return [family.site(form_name("window", path, **options)).name for path in self_attentions(family, "ReAttention")]
+        return [
+            family.site(form_name("window", path, **options)).name for path in self_attentions(family, "ReAttention")
+        ]
 
     def table(self, steps: int, sites: Sequence[str]) -> Actions:
         full = [i < self.warmup or (i - self.warmup + 1) % self.interval == 0 for i in range(steps)]

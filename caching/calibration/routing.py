@@ -1,0 +1,219 @@
+"""Train a router's gates, inside the pipeline's own loop, and turn them into a plan that keeps a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fewstep.caching.actions import Action
+from fewstep.caching.calibration.budget import Budget
+from fewstep.caching.calibration.quality import Quality, measure
+from fewstep.caching.calibration.runs import Runs
+from fewstep.caching.controller import applied
+from fewstep.caching.cost import shares
+from fewstep.caching.families import family_of
+from fewstep.caching.methods.router import Router
+from fewstep.caching.model_cache import ModelCache
+from fewstep.caching.plan import Actions, CachePlan
+from fewstep.caching.store import Cell
+from fewstep.errors import FewstepError
+
+Run = Callable[[], Any]
+OPEN = 5.0
+"""Logits stay within -OPEN and OPEN, where a gate is shut or open but for 0.7 %."""
+
+
+@dataclass
+class Gates:
+    """The logits of all steps and branches, and their training.
+
+    Attributes:
+        logits: (steps, branches), learned; a gate is the sigmoid of one.
+        learned: (steps,) bool: the other steps are always computed.
+        sites: names of the branches.
+        costs: (branches,) share of a full call's MACs of each.
+        weights: (steps,) of the steps' losses.
+    """
+
+    logits: Tensor
+    learned: Tensor
+    sites: tuple[str, ...]
+    costs: Tensor
+    weights: Tensor
+
+    def share(self, step: int | None = None) -> Tensor:
+        """Expected MACs of a step, or of all on average, as a share of computing everything."""
+        gates = torch.where(self.learned[:, None], self.logits.sigmoid(), 1.0)
+        saved = ((1 - gates) * self.costs).sum(1)
+        return 1 - (saved.mean() if step is None else saved[step])
+
+    def actions(self, budget: float) -> Actions:
+        """Compute the widest gates until the budget is used up; steps that are not learned are always computed.
+
+        Raises:
+            FewstepError: where even shutting all gates takes more.
+        """
+        actions = torch.where(self.learned[:, None].expand_as(self.logits), Action.REUSE, Action.COMPUTE)
+        least = 1 - float((actions * self.costs).sum()) / len(self.logits)
+        if least > budget:
+            raise FewstepError(
+                f"{budget:.0%} of the MACs cannot be kept: with all gates shut it is {least:.1%}; give at least that"
+            )
+        order = (self.logits / self.costs.clamp(min=1e-9).sqrt()).flatten().argsort(descending=True)
+        room = (budget - least) * len(self.logits)
+        for index in order.tolist():
+            step, site = divmod(index, len(self.sites))
+            if bool(self.learned[step]) and float(self.costs[site]) <= room + 1e-9:
+                actions[step, site] = Action.COMPUTE
+                room -= float(self.costs[site])
+        return np.asarray(actions.numpy(), dtype=np.int8)
+
+
+def train(
+    method: Router, budget: Budget, train: Runs, test: Runs, tick: Callable[[str], None]
+) -> tuple[CachePlan, Quality]:
+    """The router's plan, and its quality on samples that it was not trained on.
+
+    Raises:
+        FewstepError: for a budget that is no share of the MACs, or that cannot be kept.
+    """
+    from fewstep.eval.costs.calls import denoisers
+
+    if budget.name != "macs":
+        raise FewstepError(f"a router is trained to a share of the MACs, not to {budget.name}; give Budget(macs=...)")
+    model = denoisers(train.pipe)[0]
+    sites = tuple(method.gates(family_of(model)))
+    gates = _fresh(
+        method, sites, shares(CachePlan(sites, np.zeros((1, len(sites)), dtype=np.int8)), model), train.steps
+    )
+    gates.actions(budget.value)  # refuses what cannot be before the training
+    uncached = test.latents()
+    tick("uncached runs")
+    lesson = _Lesson(gates, method, budget.value)
+    first = -(-method.iterations // 2) if method.scheme == "harmonica" else method.iterations
+    with _frozen(model):
+        _practise(train, lesson, range(first), tick)
+        if first < method.iterations:
+            gates.weights = _proxy(train, gates, budget.value)
+            tick("weighing steps")
+            _practise(train, lesson, range(first, method.iterations), tick)
+    plan = CachePlan(sites, gates.actions(budget.value), method=method.describe())
+    return plan, measure(plan, test, uncached, plan.cost(model).share)
+
+
+def _fresh(method: Router, sites: tuple[str, ...], costs: Sequence[float], steps: int) -> Gates:
+    learned = torch.arange(steps) % 2 == 1 if method.scheme == "l2c" else torch.arange(steps) > 0
+    logits = torch.zeros(steps, len(sites), requires_grad=True)
+    return Gates(logits, learned, sites, torch.tensor(costs, dtype=torch.float64), torch.ones(steps))
+
+
+def _practise(runs: Runs, lesson: _Lesson, iterations: Sequence[int], tick: Callable[[str], None]) -> None:
+    """One trajectory an iteration, the batches in turn."""
+    starts = range(0, len(runs), runs.batch)
+    with _gated(runs, lesson):
+        for iteration in iterations:
+            runs.batch_latents(starts[iteration % len(starts)])
+            lesson.steer()
+            tick("training gates")
+
+
+class _Lesson:
+    """What happens at every call of the network in training: teacher, gated student, a step of the optimiser."""
+
+    def __init__(self, gates: Gates, method: Router, budget: float) -> None:
+        self.gates, self.method, self.budget = gates, method, budget
+        self.optimizer = torch.optim.Adam([gates.logits], lr=method.rate)
+        self.price = 1e-3  # of the MACs' share, in units of the relative error of a call
+        self.cache: ModelCache | None = None
+
+    def __call__(self, student: Run, teacher: Run) -> Any:
+        if self.cache is None or self.cache.call is None:
+            return student()
+        step = self.cache.call.step
+        if not bool(self.gates.learned[step]):
+            return student()  # computed in full
+        true = teacher()
+        with torch.enable_grad():
+            made = student()
+            error = _relative(made, true)
+            loss = self.gates.weights[step] * error + self.price * self.gates.share(step)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        with torch.no_grad():
+            self.gates.logits.clamp_(-OPEN, OPEN)
+        return true if self.method.scheme == "l2c" else tree_map(_detached, made)
+
+    def fit(self, cell: Cell, step: int, true: Any) -> Any:
+        """A branch's value through its gate. What is kept is the mixture, as the student has it."""
+        gate = self.gates.logits[step, self.gates.sites.index(cell.site)].sigmoid()
+        kept = cell.history[0]
+        leaves = tree_leaves(true)
+        mixed = [
+            t * gate + k * (1 - gate) if isinstance(t, Tensor) else t for t, k in zip(leaves, kept.leaves, strict=True)
+        ]
+        cell.keep(step, kept.tree([_detached(m) for m in mixed]))
+        return kept.tree(mixed)
+
+    def steer(self) -> None:
+        """Dual ascent: a share above the budget makes MACs dearer, one below it cheaper."""
+        self.price *= float(np.exp(np.clip(4 * (float(self.gates.share().detach()) - self.budget), -0.5, 0.5)))
+
+
+def _relative(made: Any, true: Any) -> Tensor:
+    pairs = [(m, t) for m, t in zip(tree_leaves(made), tree_leaves(true), strict=True) if isinstance(m, Tensor)]
+    total = sum(((m - t).float().square().mean() for m, t in pairs), torch.zeros(()))
+    return total / sum((t.float().square().mean() for _, t in pairs), torch.zeros(()))
+
+
+def _proxy(runs: Runs, gates: Gates, budget: float) -> Tensor:
+    """HarmoniCa's image error proxy: what each step's gates do to the final latents, switched on one after the other.
+
+    Normalised to mean 1 and kept within 0.1 and 10, so that no step is forgotten.
+    """
+    actions = gates.actions(budget)
+    few = replace(runs, prompts=runs.prompts[: runs.batch], seeds=runs.seeds[: runs.batch])
+    rows, before, moved = np.zeros_like(actions), few.latents(), [0.0]
+    for step in range(1, len(actions)):
+        rows[step] = actions[step]
+        with applied(runs.pipe, CachePlan(gates.sites, rows)):
+            after = few.latents()
+        moved.append(float((after - before).double().square().mean()))
+        before = after
+    weights = torch.tensor(moved)
+    return (weights / weights.mean().clamp(min=1e-30)).clamp(0.1, 10)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Weights take no gradients inside."""
+    learnable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learnable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learnable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _gated(runs: Runs, lesson: _Lesson) -> Iterator[None]:
+    gates = lesson.gates
+    actions = torch.where(gates.learned[:, None].expand_as(gates.logits), Action.REUSE, Action.COMPUTE)
+    with applied(runs.pipe, CachePlan(gates.sites, np.asarray(actions.numpy(), dtype=np.int8))) as controller:
+        lesson.cache = controller.caches[0]
+        lesson.cache.teacher, lesson.cache.lesson = lesson.fit, lesson
+        yield
+    lesson.cache = None
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

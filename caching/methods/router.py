@@ -1,0 +1,59 @@
+"""Learned routers: which attention and feed-forward outputs of which steps are computed, trained along trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewstep.caching.families import Family
+from fewstep.caching.method import Method
+from fewstep.caching.methods.interval import all_branches
+from fewstep.errors import FewstepError, unknown
+
+SCHEMES = ("harmonica", "l2c")
+
+
+@dataclass(frozen=True)
+class Router(Method):
+    """What ``caching.calibrate`` trains into a plan: a gate for every step and branch; the network's weights stay.
+
+    While training a branch gives w F + (1 - w) F_kept with w = sigmoid(logit); the plan computes the branches whose gates are
+    widest, as many as the budget allows.
+
+    ``harmonica``: all steps but the first are gated, along the trajectory that the gated network itself takes, and a step's
+    loss is weighted by what switching its gates on does to the final latents (HarmoniCa: Harmonizing Training and Inference
+    for Better Feature Caching in Diffusion Transformer Acceleration, arXiv 2410.01723). ``l2c``: every other step is
+    computed in full, and the trajectory is that of the ungated network (Learning-to-Cache: Accelerating Diffusion
+    Transformer via Layer Caching, arXiv 2406.01733, which draws its states by noising training images instead).
+
+    The published weight of the gates is replaced by one that is steered to the budget (dual ascent).
+
+    Attributes:
+        budget: share of the MACs of computing everything.
+        scheme: ``harmonica`` or ``l2c``.
+        iterations: trajectories to train on, one batch each.
+        rate: Adam's learning rate of the logits.
+        at: names of sites; all branches where left out.
+    """
+
+    budget: float | None = 0.5
+    scheme: str = "harmonica"
+    iterations: int = 40
+    rate: float = 0.1
+    at: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise FewstepError(unknown("scheme", self.scheme, SCHEMES))
+        if self.iterations < 1:
+            raise FewstepError(f"iterations is {self.iterations}; give at least 1")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise FewstepError(f"budget is {self.budget}; give a share of the MACs above 0, at most 1")
+
+    def sites(self, family: Family) -> list[str]:
+        raise FewstepError("Router is a way to make a plan: plan = caching.calibrate(pipe, Router(...), prompts, ...)")
+
+    def gates(self, family: Family) -> list[str]:
+        """The branches that have gates."""
+        if self.at is not None:
+            return [family.site(name).name for name in self.at]
+        return all_branches(family, type(self).__name__)
