@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fewstep.caching.actions import Action
 from fewstep.caching.calibration.budget import Budget
+from fewstep.caching.calibration.fitting import fit
 from fewstep.caching.calibration.quality import Quality, measure
 from fewstep.caching.calibration.runs import Runs
 from fewstep.caching.controller import applied
@@ -101,10 +102,15 @@ def train(
     with _frozen(model):
         _practise(train, lesson, range(first), tick)
         if first < method.iterations:
-            gates.weights = _proxy(train, gates, budget.value)
+            gates.weights = _weights(
+                _moved(train, gates, budget.value), lesson.errors if method.proxy == "sensitivity" else None
+            )
             tick("weighing steps")
             _practise(train, lesson, range(first, method.iterations), tick)
     plan = CachePlan(sites, gates.actions(budget.value), method=method.describe())
+    if method.depth:
+        plan = replace(plan, predictor=fit(train, sites, plan.actions, method.depth)[0])
+        tick("correction")
     return plan, measure(plan, test, uncached, plan.cost(model).share)
 
 
@@ -132,6 +138,7 @@ class _Lesson:
         self.optimizer = torch.optim.Adam([gates.logits], lr=method.rate)
         self.price = 1e-3  # of the MACs' share, in units of the relative error of a call
         self.cache: ModelCache | None = None
+        self.errors: dict[int, float] = {}
 
     def __call__(self, student: Run, teacher: Run) -> Any:
         if self.cache is None or self.cache.call is None:
@@ -143,6 +150,7 @@ class _Lesson:
         with torch.enable_grad():
             made = student()
             error = _relative(made, true)
+            self.errors[step] = float(error.detach())
             loss = self.gates.weights[step] * error + self.price * self.gates.share(step)
             self.optimizer.zero_grad()
             loss.backward()
@@ -173,11 +181,8 @@ def _relative(made: Any, true: Any) -> Tensor:
     return total / sum((t.float().square().mean() for _, t in pairs), torch.zeros(()))
 
 
-def _proxy(runs: Runs, gates: Gates, budget: float) -> Tensor:
-    """HarmoniCa's image error proxy: what each step's gates do to the final latents, switched on one after the other.
-
-    Normalised to mean 1 and kept within 0.1 and 10, so that no step is forgotten.
-    """
+def _moved(runs: Runs, gates: Gates, budget: float) -> Tensor:
+    """(steps,) mean square change of the final latents as each step's gates are switched on, one after the other."""
     actions = gates.actions(budget)
     few = replace(runs, prompts=runs.prompts[: runs.batch], seeds=runs.seeds[: runs.batch])
     rows, before, moved = np.zeros_like(actions), few.latents(), [0.0]
@@ -187,8 +192,19 @@ def _proxy(runs: Runs, gates: Gates, budget: float) -> Tensor:
             after = few.latents()
         moved.append(float((after - before).double().square().mean()))
         before = after
-    weights = torch.tensor(moved)
-    return (weights / weights.mean().clamp(min=1e-30)).clamp(0.1, 10)
+    return torch.tensor(moved)
+
+
+def _weights(moved: Tensor, errors: Mapping[int, float] | None) -> Tensor:
+    """Weights of the steps' losses of mean 1, each within 0.1 and 10, so that no step is forgotten.
+
+    Args:
+        moved: what each step does to the end.
+        errors: the steps' own errors in training, to which that is then related; HarmoniCa does not.
+    """
+    if errors is not None:
+        moved = torch.tensor([float(m) / max(errors.get(i, 0.0), 1e-12) if m else 0.0 for i, m in enumerate(moved)])
+    return (moved / moved.mean().clamp(min=1e-30)).clamp(0.1, 10)
 
 
 @contextmanager

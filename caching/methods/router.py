@@ -10,6 +10,7 @@ from fewstep.caching.methods.interval import all_branches
 from fewstep.errors import FewstepError, unknown
 
 SCHEMES = ("harmonica", "l2c")
+PROXIES = ("sensitivity", "image")
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,35 @@ class Router(Method):
     computed in full, and the trajectory is that of the ungated network (Learning-to-Cache: Accelerating Diffusion
     Transformer via Layer Caching, arXiv 2406.01733, which draws its states by noising training images instead).
 
-    The published weight of the gates is replaced by one that is steered to the budget (dual ascent).
+    Two things differ from what is published. The weight of the gates' sum is steered to the budget (dual ascent). And a
+    step's loss is weighted by how much the final latents move for an error of that size there; HarmoniCa's image error proxy
+    (``proxy="image"``) takes how much they move, whatever the size of the error.
 
     Attributes:
         budget: share of the MACs of computing everything.
         scheme: ``harmonica`` or ``l2c``.
         iterations: trajectories to train on, one batch each.
         rate: Adam's learning rate of the logits.
+        proxy: weights of the steps' losses, ``sensitivity`` or ``image``.
+        depth: computed values that a fitted affine correction of the finished plan reads, 1 or 2; 0 holds, as published.
         at: names of sites; all branches where left out.
     """
 
     budget: float | None = 0.5
     scheme: str = "harmonica"
     iterations: int = 40
-    rate: float = 0.1
+    rate: float = 0.2
+    proxy: str = "sensitivity"
+    depth: int = 0
     at: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise FewstepError(unknown("scheme", self.scheme, SCHEMES))
+        if self.proxy not in PROXIES:
+            raise FewstepError(unknown("proxy", self.proxy, PROXIES))
+        if self.depth not in (0, 1, 2):
+            raise FewstepError(f"depth is {self.depth}; give 0 to hold, or 1 or 2 computed values")
         if self.iterations < 1:
             raise FewstepError(f"iterations is {self.iterations}; give at least 1")
         if self.budget is not None and not 0 < self.budget <= 1:
