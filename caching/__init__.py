@@ -27,19 +27,31 @@ if TYPE_CHECKING:
     from fewstep.caching.methods.dp_cache import DPCache as DPCache
     from fewstep.caching.methods.early_exit import EarlyExit as EarlyExit
     from fewstep.caching.methods.encoder_propagation import EncoderPropagation as EncoderPropagation
+    from fewstep.caching.methods.erta import ERTACache as ERTACache
+    from fewstep.caching.methods.fast_attention import search_attention as search_attention
     from fewstep.caching.methods.first_block import DBCache as DBCache
     from fewstep.caching.methods.first_block import FirstBlockCache as FirstBlockCache
-    from fewstep.caching.methods.erta import ERTACache as ERTACache
-    from fewstep.caching.methods.interval import FORA as FORA
     from fewstep.caching.methods.interval import DeltaDiT as DeltaDiT
+    from fewstep.caching.methods.interval import FORA as FORA
     from fewstep.caching.methods.interval import Interval as Interval
     from fewstep.caching.methods.magcache import MagCache as MagCache
+    from fewstep.caching.methods.merging import FrameMerging as FrameMerging
+    from fewstep.caching.methods.merging import TokenMerging as TokenMerging
     from fewstep.caching.methods.rehash import StepRehash as StepRehash
+    from fewstep.caching.methods.removal import Removal as Removal
+    from fewstep.caching.methods.removal import removable as removable
+    from fewstep.caching.methods.removal import removal_scores as removal_scores
+    from fewstep.caching.methods.router import Router as Router
     from fewstep.caching.methods.taylorseer import TaylorSeer as TaylorSeer
     from fewstep.caching.methods.teacache import PolynomialFit as PolynomialFit
     from fewstep.caching.methods.teacache import TeaCache as TeaCache
     from fewstep.caching.methods.teacache import fit_polynomial as fit_polynomial
-    from fewstep.caching.methods.router import Router as Router
+    from fewstep.caching.methods.uncond import CFGCache as CFGCache
+    from fewstep.caching.methods.uncond import FasterCacheCFG as FasterCacheCFG
+    from fewstep.caching.methods.uncond import GuidanceWindow as GuidanceWindow
+    from fewstep.caching.methods.uncond import UncondReuse as UncondReuse
+    from fewstep.caching.methods.windows import ReAttention as ReAttention
+    from fewstep.caching.noise import prior_noise as prior_noise
     from fewstep.caching.plan import CachePlan as CachePlan
     from fewstep.caching.predictors import Affine as Affine
     from fewstep.caching.predictors import Extrapolate as Extrapolate
@@ -49,6 +61,8 @@ if TYPE_CHECKING:
     from fewstep.caching.predictors import Taylor as Taylor
     from fewstep.caching.profiling import profile as profile
     from fewstep.caching.report import CacheReport as CacheReport
+    from fewstep.caching.spectral import FasterCacheDelta as FasterCacheDelta
+    from fewstep.caching.spectral import FrequencyDelta as FrequencyDelta
 
 _MODULES = {
     "actions": ("Action",),
@@ -63,18 +77,25 @@ _MODULES = {
     "methods.dp_cache": ("DPCache",),
     "methods.early_exit": ("EarlyExit",),
     "methods.encoder_propagation": ("EncoderPropagation",),
+    "methods.erta": ("ERTACache",),
+    "methods.fast_attention": ("search_attention",),
     "methods.first_block": ("DBCache", "FirstBlockCache"),
     "methods.interval": ("FORA", "DeltaDiT", "Interval"),
     "methods.magcache": ("MagCache",),
+    "methods.merging": ("FrameMerging", "TokenMerging"),
     "methods.rehash": ("StepRehash",),
+    "methods.removal": ("Removal", "removable", "removal_scores"),
+    "methods.router": ("Router",),
     "methods.taylorseer": ("TaylorSeer",),
     "methods.teacache": ("PolynomialFit", "TeaCache", "fit_polynomial"),
-    "methods.erta": ("ERTACache",),
-    "methods.router": ("Router",),
+    "methods.uncond": ("CFGCache", "FasterCacheCFG", "GuidanceWindow", "UncondReuse"),
+    "methods.windows": ("ReAttention",),
+    "noise": ("prior_noise",),
     "plan": ("CachePlan",),
     "predictors": ("Affine", "Extrapolate", "Hold", "Momentum", "Scale", "Taylor"),
     "profiling": ("profile",),
     "report": ("CacheReport",),
+    "spectral": ("FasterCacheDelta", "FrequencyDelta"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -83,6 +83,19 @@ def uninstall(module: nn.Module, name: str = NAME) -> None:
     return
 
 
+def keep_outside(module: nn.Module) -> None:
+    """Move a module's hooks out of its compiled call, where it was compiled after they were put on."""
+    compiled = getattr(module, "_compiled_call_impl", None)
+    registry = vars(module).get("_diffusers_hook")
+    if compiled is None or isinstance(compiled, CompiledCall) or registry is None:
+        return
+    ours = [(name, hook) for name, hook in registry.hooks.items() if name.startswith(NAME)]
+    for name, _ in ours:
+        uninstall(module, name)
+    for name, hook in ours:
+        install(module, hook, name)
+
+
 def installed(module: nn.Module, name: str = NAME) -> Any | None:
     """The hook of that name on a module, or None."""
     registry = vars(module).get("_diffusers_hook")

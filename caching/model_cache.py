@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep.caching.actions import Action
 from fewstep.caching.clock import Clock
 from fewstep.caching.families import Family, Site, family_of
-from fewstep.caching.hooks import NAME, install, installed, uninstall
+from fewstep.caching.hooks import NAME, install, installed, keep_outside, uninstall
 from fewstep.caching.method import Decider, Entry, Method, Planned
 from fewstep.caching.plan import CachePlan
 from fewstep.caching.predictors import Predictor
@@ -36,9 +36,7 @@ class Layer:
     def __init__(self, method: Method | CachePlan, family: Family) -> None:
         self.method = method
         if isinstance(method, CachePlan):
-            made_for = method.model.get("class", family.name)
-            if made_for != family.name:
-                raise PlanError(f"the cache plan was made for {made_for}, the model is {family.name}")
+            method.check_model(family)
         names = list(method.sites) if isinstance(method, CachePlan) else method.sites(family)
         if not names:
             raise FewstepError(
@@ -212,6 +210,7 @@ class ModelCache:
 
     def _install(self) -> None:
         done: list[tuple[nn.Module, str]] = []
+        self._hooked: list[nn.Module] = []
         try:
             modules = dict(self.model.named_modules())
             for layer in self.layers:
@@ -226,6 +225,7 @@ class ModelCache:
                     install(modules[role.path], SiteHook(self, index, role), hook)
                     done.append((modules[role.path], hook))
             install(self.model, RootHook(self))
+            self._hooked = list(dict.fromkeys(module for module, _ in done))
         except BaseException:
             for module, name in reversed(done):
                 uninstall(module, name)
@@ -258,6 +258,9 @@ class ModelCache:
         """A call of the network: the position is found, then its modules run and ask what to do."""
         if not self.enabled or self.call is not None:
             return forward(*args, **kwargs)
+        for module in self._hooked:
+            if module._compiled_call_impl is not None:
+                keep_outside(module)
         try:
             self.call = self._begin(context, self.family.arguments(args, kwargs))
             run = functools.partial(self._run, forward, args, kwargs)
@@ -303,6 +306,9 @@ class ModelCache:
         tick = self._clock.tick(name, arguments.get("timestep"), index, total)
         if tick.fresh:
             self._by_name, self._shared = {}, {}
+            for layer in self.layers:
+                if isinstance(layer.method, CachePlan) and scheduler is not None:
+                    layer.method.check_scheduler(scheduler)
         total = self.steps or tick.total
         kind = layout([self.family.sample(arguments)])
         stream = self._by_name.get(name)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fewstep.caching.cost import PlanCost
+    from fewstep.caching.families import Family
 
-KIND = "fewstep.CachePlan"
+KIND = "CachePlan"
 Actions = np.ndarray[Any, np.dtype[np.int8]]
 
 
@@ -109,6 +110,25 @@ class CachePlan:
         for name, tensor in sorted(self.predictor.tensors().items()):
             h.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return h.hexdigest()[:16]
+
+    def check_model(self, family: Family) -> None:
+        """Raises PlanError where the plan was made for a model of another class, or was calibrated on another configuration."""
+        made_for = self.model.get("class", family.name)
+        if made_for != family.name:
+            raise PlanError(f"the cache plan was made for {made_for}, the model is {family.name}")
+        if self.model.get("config", family.config_hash) != family.config_hash:
+            raise PlanError(
+                f"the cache plan was calibrated on a {family.name} of another configuration; calibrate it for this one"
+            )
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Raises PlanError where the plan was calibrated with a scheduler of another class."""
+        name = type(scheduler).__name__
+        if self.scheduler not in (None, name):
+            raise PlanError(
+                f"the cache plan was calibrated with {self.scheduler}, the pipeline has {name}; calibrate it with that one, "
+                "or dataclasses.replace(plan, scheduler=None) to use it all the same"
+            )
 
     def compile(self, steps: int | None) -> CachePlan:
         """Itself, as methods are compiled.

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 from fewstep import caching
 from fewstep.artifact import ArtifactError
 from fewstep.caching.actions import Action
@@ -60,7 +61,9 @@ def test_an_impossible_number_of_computed_steps_is_refused(count):
 
 def test_what_a_prediction_leaves_is_the_residual_of_least_squares():
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(4, 3, 6, 5, 5, generator=generator).cumsum(0) for _ in range(2)]  # (steps, n, channels, h, w)
+    batches = [
+        torch.randn(4, 3, 6, 5, 5, generator=generator).cumsum(0) for _ in range(2)
+    ]  # (steps, n, channels, h, w)
     gram = Gram()
     for batch in batches:
         gram.add(list(batch))
@@ -111,7 +114,7 @@ def test_a_calibrated_plan_keeps_its_budget_and_says_what_it_was_made_of(dit, ca
     assert calibrated.cost(dit.transformer).share <= 0.7
     assert calibrated.provenance["macs_share"] == pytest.approx(calibrated.cost(dit.transformer).share, abs=1e-3)
     assert calibrated.provenance["budget"] == {"macs": 0.7}
-    assert calibrated.model == {"class": "DiTTransformer2DModel"}
+    assert calibrated.model["class"] == "DiTTransformer2DModel"
     assert calibrated.scheduler == "DDIMScheduler"
     assert 0 < calibrated.reuse < 1
 
@@ -121,7 +124,9 @@ def test_its_error_is_that_of_the_samples_that_were_held_out(dit, calibrated):
     uncached = test.latents()
     with caching.applied(dit, calibrated):
         error = (test.latents() - uncached).flatten(1).square().mean(1).sqrt()
-    assert calibrated.provenance["latent_rms"] == pytest.approx(float(error.mean()), abs=1e-6)  # written with 6 decimals
+    assert calibrated.provenance["latent_rms"] == pytest.approx(
+        float(error.mean()), abs=1e-6
+    )  # written with 6 decimals
 
 
 def test_calibration_beats_holding_at_the_same_steps(dit, calibrated):
@@ -142,7 +147,14 @@ def test_the_pipeline_is_left_as_it_was(dit, calibrated):
 
 
 def test_a_bound_on_quality_takes_the_fewest_steps_that_keep_it(dit):
-    options = {"num_inference_steps": 6, "guidance_scale": 2.0, "samples": 4, "held_out": 2, "batch": 4, "progress": False}
+    options = {
+        "num_inference_steps": 6,
+        "guidance_scale": 2.0,
+        "samples": 4,
+        "held_out": 2,
+        "batch": 4,
+        "progress": False,
+    }
     method = caching.DPCache(at=("blocks",), refine=0)
     free = caching.calibrate(dit, method, ["1"], budget=caching.Budget(macs=0.5), **options)
     bound = free.provenance["latent_rms"] * 1.01  # rounding of the written number
@@ -159,7 +171,10 @@ def test_an_interval_is_turned_to_the_budget():
     assert plan.cost(pipe.unet).share <= 0.8
     family = caching.family_of(pipe.unet)
     full = {i: caching.DeepCache(interval=i).compile(family, 6).cost(pipe.unet).share for i in range(1, 7)}
-    assert plan.method == f"DeepCache(interval={min(i for i, share in full.items() if share <= 0.8)}, branch=0, center=None, power=1.4)"
+    assert (
+        plan.method
+        == f"DeepCache(interval={min(i for i, share in full.items() if share <= 0.8)}, branch=0, center=None, power=1.4)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,8 +191,32 @@ def test_what_cannot_be_is_said(dit, options, said):
     prompts = given.pop("prompts")
     with pytest.raises(FewstepError, match=said):
         caching.calibrate(
-            dit, caching.DPCache(at=("blocks",), refine=0), prompts, num_inference_steps=4, samples=4, progress=False, **given
+            dit,
+            caching.DPCache(at=("blocks",), refine=0),
+            prompts,
+            num_inference_steps=4,
+            samples=4,
+            progress=False,
+            **given,
         )
+
+
+def test_a_plan_refuses_another_model_scheduler_and_number_of_steps(dit, calibrated):
+    other = tiny_dit_pipeline()
+    other.scheduler = DDPMScheduler()
+    calls = {"class_labels": [1], "output_type": "np"}
+    with (
+        pytest.raises(FewstepError, match="calibrated with DDIMScheduler, the pipeline has DDPMScheduler"),
+        caching.applied(other, calibrated),
+    ):
+        other(num_inference_steps=6, **calls)
+    with pytest.raises(FewstepError, match="is for 6 steps, the run has 7"), caching.applied(dit, calibrated):
+        dit(num_inference_steps=7, **calls)
+    with pytest.raises(FewstepError, match="made for DiTTransformer2DModel, the model is UNet2DModel"):
+        caching.apply_(tiny_ddpm_pipeline(), calibrated)
+    wider = DiTTransformer2DModel.from_config(dit.transformer.config, num_layers=3)
+    with pytest.raises(FewstepError, match="another configuration"):
+        caching.apply_(wider, calibrated)
 
 
 @pytest.mark.parametrize("bounds", [{}, {"macs": 0.5, "psnr": 30.0}, {"macs": 1.5}, {"latent_rms": -1.0}])

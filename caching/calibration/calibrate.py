@@ -100,7 +100,7 @@ def _with_provenance(plan: CachePlan, quality: Quality, budget: Budget, runs: Ru
     model = _network(runs.pipe)
     return replace(
         plan,
-        model={"class": type(model).__name__},
+        model={"class": type(model).__name__, "config": family_of(model).config_hash},
         scheduler=type(runs.pipe.scheduler).__name__,
         provenance={
             **plan.provenance,

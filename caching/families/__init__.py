@@ -18,9 +18,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         FewstepError: for a whole model that ``torch.compile`` wrapped: its decisions would be compiled away.
     """
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise FewstepError(
-            f"{type(model).__name__} wraps a whole compiled model; compile its blocks instead "
+            f"{type(model).__name__} is compiled as a whole; compile its blocks instead "
             "(model.compile_repeated_blocks(), or block.compile() for each), then cache"
         )
     if all(hasattr(model, part) for part in ("conv_in", "down_blocks", "up_blocks")):

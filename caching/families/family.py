@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +59,13 @@ class Family:
     def name(self) -> str:
         """The model's class."""
         return type(self.model).__name__
+
+    @property
+    def config_hash(self) -> str:
+        """Hash of the model's configuration, without what says where it was loaded from."""
+        config = getattr(self.model, "config", None) or {}
+        told = {str(k): v for k, v in dict(config).items() if not str(k).startswith("_")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def site(self, name: str) -> Site:
         """The site of that name.

@@ -34,6 +34,21 @@ class Removal(Method):
             raise FewstepError(f"at is {self.at!r}; give a tuple of names of sites")
         object.__setattr__(self, "at", tuple(self.at))
 
+    @classmethod
+    def of_least(cls, scores: Mapping[str, float], count: int) -> Removal:
+        """Without the ``count`` sites of the lowest :func:`removal_scores`, none of which is inside another of them.
+
+        Raises:
+            FewstepError: where there are not so many.
+        """
+        chosen: list[str] = []
+        for name in sorted(scores, key=lambda n: scores[n]):
+            if len(chosen) < count and not any(_overlap(name, other) for other in chosen):
+                chosen.append(name)
+        if not 0 < count <= len(chosen):
+            raise FewstepError(f"count is {count}; of the {len(scores)} sites scored 1 to {len(chosen)} can go together")
+        return cls(tuple(chosen))
+
     def sites(self, family: Family) -> list[str]:
         return [family.site(name).name for name in self.at]
 
@@ -92,17 +107,6 @@ def removal_scores(pipe: Any, run: Callable[[], Tensor], at: Sequence[str] | Non
 
 LONGEST = 1000
 """Rows of the plans that score: any run is shorter."""
-
-
-def least(scores: Mapping[str, float], count: int) -> Removal:
-    """Without the ``count`` sites of the lowest scores, none of which holds another of them."""
-    chosen: list[str] = []
-    for name in sorted(scores, key=lambda n: scores[n]):
-        if len(chosen) < count and not any(_overlap(name, other) for other in chosen):
-            chosen.append(name)
-    if len(chosen) < count:
-        raise FewstepError(f"{count} disjoint sites are asked for, of {len(scores)} scored there are {len(chosen)}")
-    return Removal(tuple(chosen))
 
 
 def _overlap(a: str, b: str) -> bool:
