@@ -415,13 +415,13 @@ def test_a_damaged_decision_table_is_said_to_be_damaged(table, message):
     with pytest.raises(ValueError, match=message):
         Decisions.from_json(table)
     row = Row("DDIM", 2, 1.0, "ok", folder="cells/a")
-    assert message in caches(facet([row]), {"cells/a": {"cache": table}})
+    assert message in caches(facet([row]), {"cells/a": {"decisions": table}})
 
 
 def test_cells_without_a_table_have_no_heat_map():
     row = Row("DDIM", 2, 1.0, "ok", folder="cells/a")
     assert caches(facet([row]), {"cells/a": {"cache": "none"}}) == ""
-    drawn = caches(facet([row]), {"cells/a": {"cache": {"sites": ["a"], "decisions": [[0], [1]]}}})
+    drawn = caches(facet([row]), {"cells/a": {"decisions": {"sites": ["a"], "decisions": [[0], [1]]}}})
     assert len(Page(drawn).all("td")) == 2
 
 

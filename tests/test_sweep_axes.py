@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
 
-from fewstep import caching, quant
+from fewstep import caching
 from fewstep.eval import CallCounter, ClipScore, Fid, Results, Sweep
 from fewstep.eval.drawing.scheduling import with_grid
+from fewstep.eval import fingerprint
 from fewstep.eval.fingerprint import tensor_bytes
+from fewstep.eval.reports.decisions import Decisions
 from fewstep.eval.sweeps.store import opened, read_samples
 from fewstep.eval.sweeps.transforms import Transform, make_transform
 from tests.eval_fixtures import (
@@ -251,51 +252,53 @@ def test_a_failing_cell_under_a_transform_gives_the_pipeline_back(tmp_path, pipe
     assert not pipe.unet._forward_hooks
 
 
-class Halve:
-    """As the rooms' methods are: made of options."""
+def test_specs_and_methods_are_resolved_in_their_rooms(tmp_path, pipe):
+    """By name and as objects, alone and together; the pipeline is bit for bit what it was."""
+    caches = ("none", "DeepCache( interval = 2 )", caching.Interval(interval=3))
+    sweep = tiny_sweep(**ONE | {"steps": (4,)}, model=pipe, caches=caches, quants=("none", "Int8"))
+    before = fingerprint.of_module(pipe.unet)
+    rows = {(row.cache, row.quant): row for row in sweep.run(tmp_path, progress=False).rows}
+    assert list(rows) == [
+        (cache, quant) for cache in ("none", "DeepCache(interval=2)", "Interval(interval=3)") for quant in ("none", "Int8")
+    ]
+    assert [row.error for row in rows.values()] == [""] * 6
+    assert fingerprint.of_module(pipe.unet) == before
+    assert rows["none", "Int8"].effective_nfe_per_image == rows["none", "none"].nfe_per_image == 8
+    assert 4 < rows["DeepCache(interval=2)", "none"].effective_nfe_per_image < 8
+    identity = opened(tmp_path / rows["DeepCache(interval=2)", "none"].folder).identity["cache"]
+    assert identity["name"] == "DeepCache(interval=2)"
+    assert identity["settings"]["interval"] == 2
+    # What it decided stands in the manifest, for the report; what it doubts in the notes.
+    cells = {(cell["cache"], cell["quant"]): cell for cell in json.loads((tmp_path / "manifest.json").read_text())["cells"]}
+    table = Decisions.from_json(cells["DeepCache(interval=2)", "none"]["decisions"])
+    assert [row[0] for row in table.table] == [0, 1, 0, 1]
+    assert any("4 steps leave little to reuse" in note for note in rows["DeepCache(interval=2)", "none"].notes)
+    assert "decisions" not in cells["none", "Int8"]
 
-    def __init__(self, factor: float = 0.5) -> None:
-        if factor <= 0:
-            raise ValueError(f"factor is {factor}; give more than 0")
-        self.factor = factor
+
+def test_a_plan_is_told_by_its_digest(pipe):
+    plans = [caching.DeepCache(interval=n).compile(caching.family_of(pipe.unet), 4) for n in (2, 3)]
+    transforms = [make_transform("cache", plan) for plan in plans]
+    assert transforms[0].name == f"plan {plans[0].digest[:8]} by {plans[0].method}"
+    assert transforms[0].name != transforms[1].name
+    assert transforms[0].identity["settings"] != transforms[1].identity["settings"]
 
 
-@contextmanager
-def applied(pipe, method):
-    with scaled("half", method.factor).around(pipe):
-        yield
-
-
-def test_specs_are_resolved_in_their_rooms(tmp_path, pipe, monkeypatch):
-    """The rooms are what they will be: ``caching.applied``, ``quant.quantize_`` and ``quant.dequantize_``."""
-    networks = []
-    for room, names in (
-        (caching, {"applied": applied, "Halve": Halve}),
-        (quant, {"quantize_": lambda network, config: networks.append((network, config.factor)),
-                 "dequantize_": lambda network: networks.append((network, "back")), "Halve": Halve}),
-    ):  # fmt: skip
-        for name, value in names.items():
-            monkeypatch.setattr(room, name, value, raising=False)
-    sweep = tiny_sweep(**ONE, model=pipe, caches=("none", "Halve( factor = 0.25 )"), quants=("none", "Halve"))
-    rows = sweep.run(tmp_path, progress=False).rows
-    assert [(row.cache, row.quant, row.status) for row in rows] == [
-        ("none", "none", "ok"), ("none", "Halve", "ok"), ("Halve(factor=0.25)", "none", "ok"),
-        ("Halve(factor=0.25)", "Halve", "ok"),
-    ]  # fmt: skip
-    assert [said for network, said in networks] == [0.5, "back"] * 2
-    assert all(isinstance(network, nn.Module) for network, _ in networks)
-    identity = opened(tmp_path / rows[2].folder).identity["cache"]
-    assert (identity["name"], identity["settings"]) == ("Halve(factor=0.25)", {"factor": 0.25})
-    for spec, said in (
-        ("Halv", "unknown cache 'Halv'; did you mean 'Halve'"),
-        ("Halve(facto=1)", r"cannot be made: .*facto"),
-        ("Halve(factor=-1)", r"cannot be made: factor is -1"),
-        ("Halve(1)", "write it as NAME or NAME"),
-        ("Halve(factor=1+)", "write it as NAME or NAME"),
-        ("Halve(factor=print(1))", "cannot read an option of the cache"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            make_transform("cache", spec)
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("DeepCash", "unknown cache 'DeepCash'; did you mean 'DeepCache'"),
+        ("Method", "unknown cache 'Method'"),
+        ("DeepCache(intervall=1)", r"cannot be made: .*intervall"),
+        ("DeepCache(interval=-1)", r"cannot be made: .*-1"),
+        ("DeepCache(1)", "write it as NAME or NAME"),
+        ("DeepCache(interval=1+)", "write it as NAME or NAME"),
+        ("DeepCache(interval=print(1))", "cannot read an option of the cache"),
+    ],
+)
+def test_a_spec_that_no_room_knows_is_one_clear_error(spec, said):
+    with pytest.raises(ValueError, match=said):
+        make_transform("cache", spec)
 
 
 # -- exclusions and bad requests ---------------------------------------------------------------------------------------

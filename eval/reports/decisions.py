@@ -1,6 +1,6 @@
 """What a cache decided, as a table: one whole number for every step and every site of the network.
 
-In a manifest an entry of ``cells`` may hold it as ``"cache"``; other keys beside these are left alone:
+In a manifest an entry of ``cells`` may hold it as ``"decisions"``; other keys beside these are left alone:
 
     {"sites": ["down.0", "mid", "up.0"], "decisions": [[0, 0, 0], [1, 0, 2]], "names": ["computed", "reused", "forecast"]}
 
@@ -70,5 +70,5 @@ def decisions(cell: Mapping[str, Any]) -> Decisions | None:
     Raises:
         FewstepError: for one that is damaged.
     """
-    cache = cell.get("cache")
-    return Decisions.from_json(cache) if isinstance(cache, Mapping) and "decisions" in cache else None
+    table = cell.get("decisions")
+    return Decisions.from_json(table) if isinstance(table, Mapping) else None

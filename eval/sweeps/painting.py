@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -88,15 +88,16 @@ class Painter:
     def _chunk(self, cell: Cell, seeds: range, count: MacCount | None) -> Chunk:
         # A scheduler and a cache of its own for every batch: none can carry anything from one batch into the next, so
         # a resumed sweep draws what an uninterrupted one does.
-        with self._setting.transform("cache", cell).applied("cache", self._pipe):
+        with self._setting.transform("cache", cell).applied("cache", self._pipe) as cache:
             self._pipe.scheduler = self._setting.scheduler(cell)
             reset_peak_memory()
             watched = capture_latents(self._pipe) if self._setting.arm else nullcontext()
             with watched as captured, CallCounter(self._pipe) as counter, Timer() as timer:
                 images = self._images(cell, seeds)
+            decided = _decided(cache)
         cost = {"seconds": timer.seconds, "calls": counter.calls, "evaluations": counter.samples}
         macs = count.record(counter.nfe_per_image(len(seeds))) if count else {}
-        record = {**cost, "memory": peak_memory(), **macs, **visited(self._pipe.scheduler)}
+        record = {**cost, "memory": peak_memory(), **macs, **decided, **visited(self._pipe.scheduler)}
         return Chunk(seeds[0], images, record, captured.latents(len(images)) if captured else None)
 
     def _rehearsed(self, cell: Cell, warm: bool) -> MacCount | None:
@@ -108,21 +109,29 @@ class Painter:
         if warm and known:
             return known
         seeds = next(self._setting.batches(cell))
-        seeds = seeds[:1] if warm else seeds
-        counter = None if known else MacCounter(self._pipe)
+        counted: MacCount | None = None
         try:
-            with self._setting.transform("cache", cell).applied("cache", self._pipe), counter or nullcontext():
-                self._pipe.scheduler = self._setting.scheduler(cell)
-                self._images(cell, seeds)
+            if not warm and (known or cell.quant != NONE):  # its first call may try kernels out, which are not to count
+                self._tried(cell, seeds, nullcontext())
+                warm = True
+            if known is None:
+                seeds = seeds[:1] if warm else seeds
+                counter = MacCounter(self._pipe)
+                self._tried(cell, seeds, counter)
+                counted = MacCount.of(counter, len(seeds))
         except LeftBehind:
             raise
         except Exception:  # what cannot be counted may well be drawn, and what cannot be drawn fails where it is
             return known
         self._warm = True
-        if counter is not None:
-            known = MacCount.of(counter, len(seeds))
-            self._memory.keep(cell, known)
-        return known
+        if counted is not None:
+            self._memory.keep(cell, counted)
+        return known or counted
+
+    def _tried(self, cell: Cell, seeds: range, around: AbstractContextManager[Any]) -> None:
+        with self._setting.transform("cache", cell).applied("cache", self._pipe), around:
+            self._pipe.scheduler = self._setting.scheduler(cell)
+            self._images(cell, seeds)
 
     def _images(self, cell: Cell, seeds: range) -> Tensor:
         s = self._setting
@@ -133,3 +142,11 @@ class Painter:
             self._spoiled = why
         else:
             self._pipe, self._warm = self._reload(), False
+
+
+def _decided(cache: Any) -> dict[str, Any]:
+    """For the record: what a cache that reports did at every step and site, and what it doubts."""
+    if not hasattr(cache, "report"):
+        return {}
+    report = cache.report()
+    return {"decisions": report.decisions(), "doubts": list(report.warnings)}

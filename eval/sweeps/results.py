@@ -163,6 +163,16 @@ class Results:
             raise ArtifactError(f"{path} is damaged ({error}); run the sweep again to have it written anew") from error
 
 
+def damaged(folder: Path) -> tuple[str, ...]:
+    """Which of the results' files are there and are not what was written. Not for a folder that is being written to."""
+    try:
+        results = Results.load(folder)
+    except ArtifactError:
+        return (JSON_NAME,) if (folder / JSON_NAME).exists() else ()
+    table = folder / CSV_NAME
+    return (CSV_NAME,) if table.exists() and table.read_bytes() != results.to_csv().encode() else ()
+
+
 def checked(body: dict[str, Any]) -> bool:
     """Whether a file's body has the checksum it says, which is taken out; files of older versions say none."""
     said = body.pop(CHECKSUM, None)

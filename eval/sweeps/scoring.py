@@ -23,7 +23,7 @@ from fewstep.eval.sweeps.store import CellStore, Chunk
 
 @dataclass(frozen=True)
 class Scored:
-    """A cell's row, and the times that the scheduler really visited."""
+    """A cell's row, and the times that the scheduler really visited, with what a cache decided at each."""
 
     row: Row
     visited: dict[str, Any]
@@ -49,16 +49,22 @@ def score(setting: Setting, cell: Cell, store: CellStore) -> Scored:
         nfe_per_image=sum(m.record["evaluations"] for m in made) / images,
         seconds_per_image=float(np.median([m.record["seconds"] / m.images for m in full])),
         metrics=kept["metrics"],
-        notes=([f"{dark} of {images} images are black"] if dark else []) + [*setting.notes, *kept["warnings"]],
+        notes=[
+            *([f"{dark} of {images} images are black"] if dark else []),
+            *setting.notes,
+            *kept["warnings"],
+            *dict.fromkeys(doubt for m in made for doubt in m.record.get("doubts", ())),
+        ],
         redone=store.redone(),
         effective_nfe_per_image=next((m.record[_EFFECTIVE] for m in made if _EFFECTIVE in m.record), None),
         macs_per_image=next((m.record["macs"] for m in made if "macs" in m.record), None),
         peak_bytes=max((peak for m in made if (peak := _peak(m.record.get("memory", {})))), default=None),
     )
-    return Scored(row, {name: made[0].record[name] for name in VISITED})
+    return Scored(row, {name: made[0].record[name] for name in (*VISITED, DECISIONS) if name in made[0].record})
 
 
 _EFFECTIVE = "effective_evaluations"
+DECISIONS = "decisions"
 
 
 def _peak(memory: Mapping[str, int]) -> int | None:

@@ -12,7 +12,7 @@ from fewstep.errors import ArtifactError
 from fewstep.eval.sweeps import manifest as manifests
 from fewstep.eval.sweeps.cell import Cell
 from fewstep.eval.sweeps.lock import in_use
-from fewstep.eval.sweeps.results import Results, Row
+from fewstep.eval.sweeps.results import Results, Row, damaged
 from fewstep.eval.sweeps.store import stored_seeds
 
 
@@ -30,6 +30,7 @@ class Status:
         samples: images a cell.
         seconds_left: expected, for one process; None as long as no cell is finished, 0 where nothing is left.
         sessions: the manifest's accounts of the runs so far.
+        damaged: files of results that are not what was written; the next run writes them anew.
     """
 
     running: bool
@@ -41,6 +42,7 @@ class Status:
     samples: int
     seconds_left: float | None
     sessions: tuple[Mapping[str, Any], ...]
+    damaged: tuple[str, ...]
 
 
 def status(out: str | Path) -> Status:
@@ -66,7 +68,7 @@ def _status(out: Path, manifest: Mapping[str, Any]) -> Status:
     """What a manifest without a checksum holds instead of what it should shows as one of many errors."""
     try:
         rows = Results.load(out).rows
-    except ArtifactError:  # killed in its first cell
+    except ArtifactError:  # killed in its first cell, or damaged
         rows = ()
     request, sessions = manifest["sweep"], tuple(manifest["sessions"])
     samples = int(request.get("samples", 0))
@@ -76,8 +78,9 @@ def _status(out: Path, manifest: Mapping[str, Any]) -> Status:
     current = Cell(**{axis: value for axis, value in noted.items() if axis != "folder"}) if noted else None
     drawn = _drawn(out / noted["folder"], range(noted["seed"], noted["seed"] + samples)) if noted else 0
     left = [(cell, samples - (drawn if cell == current else 0)) for cell in plan if cell not in done]
+    running = in_use(out)
     return Status(
-        running=in_use(out),
+        running=running,
         planned=len(plan) or len(rows),
         rows=rows,
         failed=tuple(row for row in rows if row.status != "ok"),
@@ -86,6 +89,7 @@ def _status(out: Path, manifest: Mapping[str, Any]) -> Status:
         samples=samples,
         seconds_left=_seconds(left, [row for row in rows if row.status == "ok"]),
         sessions=sessions,
+        damaged=() if running else damaged(out),
     )
 
 

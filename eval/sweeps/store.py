@@ -220,7 +220,10 @@ def opened(folder: Path) -> CellStore:
     Raises:
         ArtifactError: where the description is missing or damaged.
     """
-    return CellStore(folder, artifact.read_json(folder / "cell.json", "cell", ("identity",))["identity"])
+    store = CellStore(folder, artifact.read_json(folder / "cell.json", "cell", ("identity",))["identity"])
+    if not folder.resolve().name.endswith(store.key[: fingerprint.SHORT]):
+        raise ArtifactError(f"{folder / 'cell.json'} is damaged: it describes another cell; run the sweep again")
+    return store
 
 
 def stored_seeds(folder: Path) -> list[tuple[int, int]]:

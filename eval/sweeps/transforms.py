@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 from torch import nn
 
@@ -19,9 +19,6 @@ from fewstep.eval import fingerprint
 from fewstep.eval.costs.calls import denoisers
 from fewstep.eval.sweeps.identity import jsonable, model_identity
 from fewstep.eval.sweeps.specs import call_spec
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 NONE = "none"
 
@@ -81,8 +78,8 @@ class Transform:
         return cls(name, around, identity or {})
 
     @contextmanager
-    def applied(self, axis: str, pipe: Any) -> Iterator[None]:
-        """The pipeline changed; failures to change it and to undo that are told from failures in between.
+    def applied(self, axis: str, pipe: Any) -> Iterator[Any]:
+        """The pipeline changed, with what the change gives to look at it; failures to change it and to undo that are told from failures in between.
 
         Raises:
             TransformError: where it cannot be applied.
@@ -90,11 +87,11 @@ class Transform:
         """
         try:
             manager = self.around(pipe)
-            manager.__enter__()
+            given = manager.__enter__()
         except Exception as error:
             raise TransformError(f"{axis} {self.name!r} could not be applied: {_reason(error)}") from error
         try:
-            yield
+            yield given
         finally:
             try:
                 manager.__exit__(None, None, None)
@@ -105,20 +102,26 @@ class Transform:
 NOTHING = Transform(NONE, nullcontext)
 
 
-def make_transform(axis: str, value: str | Transform) -> Transform:
-    """A value of the ``cache`` or ``quant`` axis: a transform as it is, or a spec such as ``"DeepCache(interval=3)"``.
+def make_transform(axis: str, value: Any) -> Transform:
+    """A value of the ``cache`` or ``quant`` axis.
+
+    Args:
+        axis: which.
+        value: a transform as it is; a spec such as ``"DeepCache(interval=3)"``; or a method or a plan of the axis's room.
 
     Raises:
         FewstepError: for a name that the room does not have, or options that it refuses.
     """
     if isinstance(value, Transform):
         return value
+    room = _ROOMS[axis]
     if not isinstance(value, str):
+        if isinstance(value, room.kinds()):
+            return room.transform(_spelled(value), value)
         raise FewstepError(f"{axis} is {value!r}; give a name with options, {NONE!r}, or a Transform")
     if value.strip() == NONE:
         return NOTHING
     name, options = call_spec(value, axis)
-    room = _ROOMS[axis]
     methods = room.methods()
     if name not in methods:
         raise FewstepError(unknown(axis, name, (NONE, *methods)))
@@ -127,12 +130,7 @@ def make_transform(axis: str, value: str | Transform) -> Transform:
     except (TypeError, ValueError) as error:
         raise FewstepError(f"{axis} {value!r} cannot be made: {_reason(error)}") from error
     spelled = f"{name}({', '.join(f'{k}={v!r}' for k, v in options.items())})" if options else name
-    settings = dataclasses.asdict(method) if _is_record(method) else options
-    return Transform(
-        spelled,
-        lambda pipe: room.around(room.module(), pipe, method),
-        {"settings": jsonable(settings), "code": room.code()},
-    )
+    return room.transform(spelled, method)
 
 
 @contextmanager
@@ -150,8 +148,15 @@ def unchanged(pipe: Any, what: str) -> Iterator[None]:
             raise LeftBehind(f"{what} left the pipeline changed after it was removed")
 
 
-def _is_record(method: Any) -> TypeGuard[DataclassInstance]:
-    return dataclasses.is_dataclass(method) and not isinstance(method, type)
+def _spelled(method: Any) -> str:
+    """A method as it would be written, options that are the default left out; a plan by its method and digest."""
+    if hasattr(method, "digest"):
+        return f"plan {method.digest[:8]} by {method.method}"
+    options = {
+        f.name: value for f in dataclasses.fields(method) if f.init and (value := getattr(method, f.name)) != f.default
+    }
+    inside = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"{type(method).__name__}({inside})" if inside else type(method).__name__
 
 
 def structure(pipe: Any) -> str:
@@ -177,11 +182,13 @@ class _Room:
 
     Attributes:
         name: of its module.
-        base: of its methods' base class.
+        methods_from: module and name of its methods' base class.
+        plan_from: of its plans' class.
     """
 
     name: str
-    base: tuple[str, str]
+    methods_from: tuple[str, str]
+    plan_from: tuple[str, str]
     around: Callable[[ModuleType, Any, Any], AbstractContextManager[Any]]
 
     def module(self) -> ModuleType:
@@ -190,9 +197,24 @@ class _Room:
     def methods(self) -> dict[str, Callable[..., Any]]:
         """Its public methods by name."""
         module = self.module()
-        base = getattr(importlib.import_module(self.base[0]), self.base[1])
+        base, _ = self.kinds()
         found = {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
-        return {name: kind for name, kind in found.items() if inspect.isclass(kind) and issubclass(kind, base)}
+        return {
+            name: kind
+            for name, kind in found.items()
+            if inspect.isclass(kind) and issubclass(kind, base) and kind is not base
+        }
+
+    def kinds(self) -> tuple[type[Any], type[Any]]:
+        """The base of its methods, and its plans."""
+        method, plan = (getattr(importlib.import_module(at), name) for at, name in (self.methods_from, self.plan_from))
+        return method, plan
+
+    def transform(self, name: str, method: Any) -> Transform:
+        """A method or a plan as a transform."""
+        settings = {"digest": method.digest} if hasattr(method, "digest") else jsonable(dataclasses.asdict(method))
+        identity = {"settings": settings, "code": self.code()}
+        return Transform(name, lambda pipe: self.around(self.module(), pipe, method), identity)
 
     def code(self) -> str:
         """Hash of its sources: a repaired method must not inherit the images of the broken one."""
@@ -218,8 +240,12 @@ def _quantized(quant: Any, pipe: Any, config: Any) -> Iterator[None]:
 
 
 _ROOMS: dict[str, _Room] = {
-    "cache": _Room("fewstep.caching", ("fewstep.caching.method", "Method"), _cached),
-    "quant": _Room("fewstep.quant", ("fewstep.quant.methods.base", "Method"), _quantized),
+    "cache": _Room(
+        "fewstep.caching", ("fewstep.caching.method", "Method"), ("fewstep.caching.plan", "CachePlan"), _cached
+    ),
+    "quant": _Room(
+        "fewstep.quant", ("fewstep.quant.methods.base", "Method"), ("fewstep.quant.plan", "QuantPlan"), _quantized
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``fewstep models | doctor | generate | sweep | status | report | compare | best``, one file each.
+"""The command line: ``fewstep models | doctor | generate | sweep | status | report | compare | best | tune``, one file each.
 
 Nothing heavy is imported before a command needs it: ``fewstep --help`` loads neither torch nor diffusers.
 
@@ -26,6 +26,7 @@ from fewstep.cli.options import FAILED
 from fewstep.cli.report import report
 from fewstep.cli.status import status
 from fewstep.cli.sweep import sweep
+from fewstep.cli.tune import tune
 
 app = typer.Typer(
     help="Makes diffusion sampling faster, and proves what it cost in quality.",
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (models, doctor, generate, sweep, status, report, compare, best):
+for command in (models, doctor, generate, sweep, status, report, compare, best, tune):
     app.command()(command)
 
 BAD_INPUT, INTERRUPTED = 2, 130

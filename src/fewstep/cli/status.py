@@ -25,6 +25,8 @@ def status(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out
         say(
             f"{'now' if found.running else 'last'}: {found.current.title}, {found.current_samples} of {found.samples} images"
         )
+    for name in found.damaged:
+        say(f"damaged: {folder / name} is not what was written; the same command writes it anew")
     for row in found.failed:
         say(f"failed: {row.cell.title}: {row.error}")
     for row in found.rows:
