@@ -9,6 +9,7 @@ assert __name__.startswith("fewstep."), "import fewstep.quant instead"
 
 if TYPE_CHECKING:
     from fewstep.quant import kernels as kernels
+    from fewstep.quant.allocation.allocate import allocate_bits as allocate_bits
     from fewstep.quant.apply import dequantize_ as dequantize_
     from fewstep.quant.apply import plan_of as plan_of
     from fewstep.quant.apply import quantize_ as quantize_
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fewstep.quant.layer_plan import LayerPlan as LayerPlan
     from fewstep.quant.layers import QuantConv2d as QuantConv2d
     from fewstep.quant.layers import QuantLinear as QuantLinear
+    from fewstep.quant.methods.mixdq import MixDQ as MixDQ
     from fewstep.quant.methods.mixed import MixedPrecision as MixedPrecision
     from fewstep.quant.methods.nearest import FP4 as FP4
     from fewstep.quant.methods.nearest import FP8 as FP8
@@ -26,19 +28,23 @@ if TYPE_CHECKING:
     from fewstep.quant.methods.nearest import Binary as Binary
     from fewstep.quant.methods.nearest import Int4 as Int4
     from fewstep.quant.methods.nearest import Int8 as Int8
+    from fewstep.quant.methods.svdquant import SVDQuant as SVDQuant
     from fewstep.quant.plan import QuantPlan as QuantPlan
     from fewstep.quant.report import QuantReport as QuantReport
     from fewstep.quant.storage import load_ as load_
     from fewstep.quant.storage import save as save
 
 _MODULES = {
+    "allocation.allocate": ("allocate_bits",),
     "apply": ("dequantize_", "plan_of", "quantize_"),
     "calibration.calls": ("Call", "record"),
     "formats": ("Format", "Quantized"),
     "layer_plan": ("LayerPlan",),
     "layers": ("QuantConv2d", "QuantLinear"),
+    "methods.mixdq": ("MixDQ",),
     "methods.mixed": ("MixedPrecision",),
     "methods.nearest": ("Binary", "FP4", "FP8", "Int4", "Int8", "W4A8"),
+    "methods.svdquant": ("SVDQuant",),
     "plan": ("QuantPlan",),
     "report": ("QuantReport",),
     "storage": ("load_", "save"),
@@ -55,12 +61,15 @@ __all__ = [
     "Int4",
     "Int8",
     "LayerPlan",
+    "MixDQ",
     "MixedPrecision",
     "QuantConv2d",
     "QuantLinear",
     "QuantPlan",
     "QuantReport",
     "Quantized",
+    "SVDQuant",
+    "allocate_bits",
     "dequantize_",
     "kernels",
     "load_",

@@ -18,7 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_numbers_in_the_interpreter():
     """Triton decides at its import whether it interprets, so this takes another process."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_quant_triton_numbers.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_quant_triton_numbers.py",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -56,7 +65,9 @@ def test_without_triton_or_a_device_one_sentence_says_so(missing, monkeypatch):
         "mxfp8_linear": lambda: kernels.mxfp8_linear(x, x.to(torch.uint8), scale),
         "mxfp4_linear": lambda: kernels.mxfp4_linear(x, x.to(torch.uint8), scale),
         "nvfp4_linear": lambda: kernels.nvfp4_linear(x, x.to(torch.uint8), scale, scale[0]),
-        "int8_conv2d": lambda: kernels.int8_conv2d(x.reshape(1, 4, 8, 8), torch.ones(2, 1, 1, 4).to(torch.int8), scale[:2]),
+        "int8_conv2d": lambda: kernels.int8_conv2d(
+            x.reshape(1, 4, 8, 8), torch.ones(2, 1, 1, 4).to(torch.int8), scale[:2]
+        ),
     }
     assert set(calls) == set(support.NAMES)
     for name, call in calls.items():
@@ -88,7 +99,11 @@ def test_tuning_keeps_the_fastest_and_only_for_this_kernel_and_architecture(monk
     default = launch.config("int8", (9, 0))
     seconds = {default: 3.0, small: 1.0, large: 2.0}
     best = kernels.tune(
-        "int8", lambda: None, [small, large], capability=(9, 0), clock=lambda call: seconds[launch.config("int8", (9, 0))]
+        "int8",
+        lambda: None,
+        [small, large],
+        capability=(9, 0),
+        clock=lambda call: seconds[launch.config("int8", (9, 0))],
     )
     assert best == small == launch.config("int8", (9, 0))
     assert launch.config("int8", (8, 0)) == default

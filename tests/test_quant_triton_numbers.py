@@ -212,7 +212,10 @@ def test_tiles_of_8_and_4_bit_activations_in_one_product(wide):
     layer, order, rows, weight = mixed_layer(wide)
     x = (layer.x / layer.smooth)[:, order.long()]
     parts = []
-    for name, codes, scale, part in (("int8", rows.codes8, rows.scale8, x[:, :wide]), ("int4", rows.codes4, rows.scale4, x[:, wide:])):
+    for name, codes, scale, part in (
+        ("int8", rows.codes8, rows.scale8, x[:, :wide]),
+        ("int4", rows.codes4, rows.scale4, x[:, wide:]),
+    ):
         if part.shape[1]:
             reference = Format.parse(f"{name}:g64/f32").encode(part)
             torch.testing.assert_close(codes, reference.packed()["codes"], rtol=0, atol=0)
@@ -333,5 +336,11 @@ def test_refusals_name_what_is_wrong():
     refused(lambda: linear4(x, w4["codes"], w4["scale"], activation="int4:g32"), "groups of 32", "64")
     refused(lambda: kernels.w4ax_linear(x, w4["codes"], w4["scale"]), "order and wide")
     refused(lambda: kernels.quantize_mixed(x, torch.arange(128).int(), 100), "100 of 128")
-    refused(lambda: kernels.int8_conv2d(noise(1, 4, 5, 5), torch.ones(2, 3, 3, 5).to(torch.int8), torch.ones(2)), "without groups")
-    refused(lambda: kernels.int8_conv2d(noise(1, 4, 2, 2), torch.ones(2, 3, 3, 4).to(torch.int8), torch.ones(2)), "larger than 2")
+    refused(
+        lambda: kernels.int8_conv2d(noise(1, 4, 5, 5), torch.ones(2, 3, 3, 5).to(torch.int8), torch.ones(2)),
+        "without groups",
+    )
+    refused(
+        lambda: kernels.int8_conv2d(noise(1, 4, 2, 2), torch.ones(2, 3, 3, 4).to(torch.int8), torch.ones(2)),
+        "larger than 2",
+    )

@@ -58,8 +58,11 @@ class Fused(Backend):
         return {"format": weight.format, **weight.packed()}
 
     def product(self, activation: Quantized, packed: dict[str, Any]) -> Tensor:
-        rows = _call("QuantizedRows", codes=activation.packed()["codes"], scale=activation.packed()["scale"],
-                     format=activation.format, tensor_scale=activation.tensor_scale)  # fmt: skip
+        kept = activation.packed()
+        rows = _call(
+            "QuantizedRows", format=activation.format, columns=activation.shape[1], codes=kept["codes"].view(torch.uint8),
+            scale=kept["scale"], tensor_scale=activation.tensor_scale, projected=None, dtype=torch.float32,
+        )  # fmt: skip
         kernel = _kernel(activation.format, packed["format"])
         assert kernel is not None
         more = (packed["tensor_scale"],) if "tensor_scale" in packed else ()

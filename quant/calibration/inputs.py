@@ -27,7 +27,7 @@ class LayerInputs:
         channel_max: (K,) or (C,), the largest magnitude of each input channel over everything that was seen.
         low, high: a number for each call that reached the layer, the range of its inputs.
         calls: which calls those were.
-        tokens: (R,) position of each row in its sequence, for a linear layer.
+        first: (K,) the first token's input, where it was the same in all samples of all calls.
     """
 
     sample: Tensor
@@ -35,6 +35,7 @@ class LayerInputs:
     low: Tensor
     high: Tensor
     calls: tuple[int, ...]
+    first: Tensor | None = None
 
 
 @dataclass
@@ -44,6 +45,7 @@ class _Gathered:
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    first: list[Tensor] = field(default_factory=list)
 
     def finished(self, name: str) -> LayerInputs:
         if self.top is None:
@@ -52,7 +54,14 @@ class _Gathered:
         if not bool(torch.isfinite(sample).all()):
             raise FewstepError(f"{name} saw NaN or infinity during calibration")
         low, high = (torch.tensor(v, dtype=torch.float64) for v in (self.low, self.high))
-        return LayerInputs(sample, self.top, low, high, tuple(self.calls))
+        return LayerInputs(sample, self.top, low, high, tuple(self.calls), self._constant_first())
+
+    def _constant_first(self) -> Tensor | None:
+        if not self.first:
+            return None
+        first = torch.cat(self.first)
+        same = bool((first - first[0]).abs().max() <= 1e-6 * first[0].abs().max())
+        return first[0] if same else None
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: the rest of the pass is not needed
@@ -170,6 +179,8 @@ def _keep(into: _Gathered, site: Site, x: Tensor, call: int, share: int, generat
     into.low.append(low)
     into.high.append(high)
     into.calls.append(call)
+    if x.ndim == 3:
+        into.first.append(x[:, 0].float().cpu())
     entries = x if site.is_conv else x.reshape(-1, x.shape[-1])
     wanted = max(1, share // (x.shape[2] * x.shape[3])) if site.is_conv else share
     if wanted < len(entries):

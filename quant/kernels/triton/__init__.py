@@ -62,7 +62,9 @@ def __getattr__(name: str) -> object:
         import importlib
 
         return getattr(importlib.import_module(f"fewstep.quant.kernels.triton.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'fewstep.quant.kernels.triton' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'fewstep.quant.kernels.triton' has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

@@ -50,7 +50,9 @@ def int8_conv2d(
         raise FewstepError(f"images of {x.dtype} and shape {tuple(x.shape)}; float32, float16 or bfloat16 (B, C, H, W)")
     batch, channels, height, width = x.shape
     if codes.ndim != 4 or codes.shape[3] != channels:
-        raise FewstepError(f"weight codes have shape {tuple(codes.shape)}; (O, KH, KW, {channels}) is needed, without groups")
+        raise FewstepError(
+            f"weight codes have shape {tuple(codes.shape)}; (O, KH, KW, {channels}) is needed, without groups"
+        )
     codes = need(codes, "weight codes", tuple(codes.shape), BYTES, x).view(torch.int8)
     filters, kernel_h, kernel_w, _ = codes.shape
     scale = need(scale.reshape(-1), "weight scale", (filters,), (torch.float32,), x)
@@ -90,5 +92,7 @@ def _pair(value: Pair) -> tuple[int, int]:
 def _extent(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     extent = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     if extent < 1:
-        raise FewstepError(f"a kernel of {kernel} with dilation {dilation} is larger than {size} + 2 * {padding} pixels")
+        raise FewstepError(
+            f"a kernel of {kernel} with dilation {dilation} is larger than {size} + 2 * {padding} pixels"
+        )
     return extent

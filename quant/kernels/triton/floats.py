@@ -163,7 +163,7 @@ def _wide(format: str) -> Any:
 
     Triton's interpreter multiplies the bit patterns of bfloat16, so it gets float32, which holds the same values.
     """
-    import triton.language as tl
+    import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     if format == "nvfp4":
         return tl.float16

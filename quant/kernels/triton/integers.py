@@ -215,7 +215,9 @@ def _group(columns: int, weight_groups: int, rows: QuantizedRows | MixedRows) ->
     if isinstance(rows, MixedRows):
         sizes.add(rows.group)
     if len(sizes) > 1:
-        raise FewstepError(f"groups of {mine} columns in the activations and of {theirs} in the weight; they must agree")
+        raise FewstepError(
+            f"groups of {mine} columns in the activations and of {theirs} in the weight; they must agree"
+        )
     group = sizes.pop() if sizes else 0
     if group and group not in PRODUCT_GROUPS:
         raise FewstepError(f"groups of {group} columns; the Triton products take 32, 64 and 128, or one scale a row")

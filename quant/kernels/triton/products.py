@@ -93,5 +93,7 @@ def weight_columns(codes: Tensor, bits: int, columns: int, like: Tensor) -> tupl
     """
     width = columns * bits // 8
     if codes.ndim != 2 or codes.shape[1] != width:
-        raise FewstepError(f"weight codes have shape {tuple(codes.shape)}; (N, {width}) holds {columns} columns of {bits} bits")
+        raise FewstepError(
+            f"weight codes have shape {tuple(codes.shape)}; (N, {width}) holds {columns} columns of {bits} bits"
+        )
     return need(codes, "weight codes", (codes.shape[0], width), BYTES, like), codes.shape[0]

@@ -108,10 +108,14 @@ def quantize_rows(
         raise FewstepError(f"{format} has no tensor_scale; nvfp4 has")
     if scale is not None:
         if format.group or scale.numel() not in (1, m):
-            raise FewstepError(f"a static scale of shape {tuple(scale.shape)} for {format}; one a tensor or row is taken")
+            raise FewstepError(
+                f"a static scale of shape {tuple(scale.shape)} for {format}; one a tensor or row is taken"
+            )
         static = scale.float().reshape(-1).expand(m).contiguous()
     elif format.granularity == "tensor":
-        raise FewstepError(f"{format} needs a static scale: nobody has seen the whole tensor when the first row is done")
+        raise FewstepError(
+            f"{format} needs a static scale: nobody has seen the whole tensor when the first row is done"
+        )
     smooth, down, rank = _branches(rows, smooth, down)
     codes = torch.empty(m, columns // 2 if four_bits else columns, dtype=torch.uint8, device=x.device)
     scales = torch.empty(m, groups, dtype=_STORED[format.scale], device=x.device)
@@ -216,7 +220,9 @@ def mixed_order(absmax: Tensor, wide: int) -> Tensor:
 
 def _matrix(x: Tensor) -> tuple[Tensor, int]:
     if x.dtype not in FLOATS or x.ndim < 1 or not x.shape[-1]:
-        raise FewstepError(f"activations of {x.dtype} and shape {tuple(x.shape)}; float32, float16 or bfloat16 (..., K)")
+        raise FewstepError(
+            f"activations of {x.dtype} and shape {tuple(x.shape)}; float32, float16 or bfloat16 (..., K)"
+        )
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous(), x.shape[-1]
 

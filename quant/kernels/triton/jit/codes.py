@@ -5,7 +5,7 @@ path for all of them, bit-exact, and quantisation is bound by memory anyway.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN201
 
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
 """int8 convolution of NHWC images as a matrix product whose left matrix is never written down (implicit GEMM)."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN201
 
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
 """Y = Q_a Q_w^T with scales, low rank and bias, for FP8 with a scale per row and for MXFP8, MXFP4 and NVFP4."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN201
 
 import triton
 import triton.language as tl
@@ -39,6 +39,14 @@ def fp8_gemm(
 
 
 @triton.jit
+def decode_scales(scales, NV: tl.constexpr):
+    """float32 of the scales' bytes; of E4M3, only here, NaN too."""
+    if NV:
+        return tl.where(scales == 127, float("nan"), e4m3_decode(scales).to(tl.float32))
+    return e8m0_decode(scales)
+
+
+@triton.jit
 def decode_blocks(codes, scales, FOUR_BITS: tl.constexpr, NV: tl.constexpr, WIDE: tl.constexpr):
     """[R, K] values of codes and their block scales, exact: 4 significant bits at most, and 6 of NVFP4."""
     if FOUR_BITS:
@@ -47,10 +55,7 @@ def decode_blocks(codes, scales, FOUR_BITS: tl.constexpr, NV: tl.constexpr, WIDE
         values = tl.reshape(tl.join(low, high), (codes.shape[0], codes.shape[1] * 2)).to(tl.float32)
     else:
         values = e4m3_decode(codes).to(tl.float32)
-    if NV:
-        scale = tl.where(scales == 127, float("nan"), e4m3_decode(scales).to(tl.float32))
-    else:
-        scale = e8m0_decode(scales)
+    scale = decode_scales(scales, NV)
     BLOCK: tl.constexpr = values.shape[1] // scales.shape[1]
     grouped = tl.reshape(values, (values.shape[0], scales.shape[1], BLOCK)) * scale[:, :, None]
     return tl.reshape(grouped, (values.shape[0], values.shape[1])).to(WIDE)

@@ -1,7 +1,7 @@
 """Quantisation of rows, with the smoothing division before it and the low-rank down-projection beside it."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN201
 
 import triton
 import triton.language as tl
@@ -100,7 +100,7 @@ def project(raw, down, places, K, R, stride_down, projected, RANK: tl.constexpr)
     r = tl.arange(0, RANK)
     mask = (places[:, None] < K) & (r[None, :] < R)
     tile = tl.load(down + places[:, None] + r[None, :] * stride_down, mask=mask, other=0.0)
-    return tl.dot(raw, tile, projected, input_precision="ieee")
+    return tl.dot(raw, tile, projected, input_precision="tf32x3")
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What every matrix product shares: which tile a program makes, and what is added to it before it is stored."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN201
 
 import triton
 import triton.language as tl
@@ -36,7 +36,7 @@ def finish(
         r = tl.arange(0, RANK)
         a = tl.load(projected + m.to(tl.int64)[:, None] * R + r[None, :], (m[:, None] < M) & (r[None, :] < R), 0.0)
         b = tl.load(up + n[None, :] * R + r[:, None], (n[None, :] < N) & (r[:, None] < R), 0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
     if HAS_BIAS:
         acc += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
     place = out + m.to(tl.int64)[:, None] * stride_out + n[None, :]

@@ -1,0 +1,183 @@
+"""int8 on the CPU against float32, end to end: DiT-XL/2 and a UNet of Stable Diffusion 1.5's size, random weights.
+
+    python benchmarks/quant_cpu.py [--models dit unet] [--repeats 5] [--threads 1] [--peers]
+
+Times are of one network call; the arms take turns, and a ratio is the median of the ratios of neighbouring calls, so that a
+load that comes and goes meets all of them. The error is ||y_q - y|| / ||y|| of the network's output. With random weights a
+network's output says how far it moved, not whether an image is good: for that see quant_quality.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import RESULTS, machine, provenance, table, write
+from torch import Tensor, nn
+
+from fewstep import quant
+from fewstep.quant.calibration.calls import Call, first_tensor
+
+Network = tuple[nn.Module, Call, str]
+
+
+def dit() -> Network:
+    """DiT-XL/2 at 256 x 256 pixels: 28 blocks of width 1152, 256 tokens, one guided image (a batch of 2)."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=32, out_channels=8
+    )
+    call = Call((), {"hidden_states": torch.randn(2, 4, 32, 32), "timestep": torch.tensor([500, 500]),
+                     "class_labels": torch.tensor([1, 1000])})  # fmt: skip
+    return model.eval(), call, "DiT-XL/2, 2 x 256 tokens"
+
+
+def dit_long() -> Network:
+    """DiT-XL/2 at 512 x 512 pixels, 4 of its 28 blocks: 1024 tokens, where attention weighs more."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=16, attention_head_dim=72, num_layers=4, sample_size=64, out_channels=8
+    )
+    call = Call((), {"hidden_states": torch.randn(1, 4, 64, 64), "timestep": torch.tensor([500]),
+                     "class_labels": torch.tensor([1])})  # fmt: skip
+    return model.eval(), call, "DiT-XL/2, 4 blocks, 1024 tokens"
+
+
+def unet() -> Network:
+    """Stable Diffusion 1.5's UNet at 512 x 512 pixels, one image."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    call = Call((), {"sample": torch.randn(1, 4, 64, 64), "timestep": torch.tensor(500),
+                     "encoder_hidden_states": torch.randn(1, 77, 768)})  # fmt: skip
+    return model.eval(), call, "UNet of SD 1.5, 64 x 64 latent"
+
+
+MODELS: dict[str, Callable[[], Network]] = {"dit": dit, "dit-long": dit_long, "unet": unet}
+
+
+def torchao_int8(model: nn.Module) -> None:
+    """torchao's dynamic int8, linear layers only: it has no convolution on the CPU."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    chosen = set(quant.Int8().plan(model).layers)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), lambda m, name: type(m) is nn.Linear and name in chosen)
+
+
+def bfloat16(model: nn.Module) -> None:
+    model.to(torch.bfloat16)
+
+
+def ours(config: quant.Int8) -> Callable[[nn.Module], None]:
+    def apply(model: nn.Module) -> None:
+        quant.quantize_(model, config, keep_originals=False)
+
+    return apply
+
+
+ARMS: dict[str, Callable[[nn.Module], None]] = {
+    "fewstep int8": ours(quant.Int8(weight="int8:row")),
+    "fewstep int8, 7-bit weights": ours(quant.Int8(weight="int7:row")),
+}
+PEERS: dict[str, Callable[[nn.Module], None]] = {"bfloat16": bfloat16, "torchao int8 dynamic": torchao_int8}
+
+
+def timed(model: nn.Module, call: Call) -> tuple[float, Tensor]:
+    like = next(p for p in model.parameters() if p.is_floating_point() and p.numel() > 1)
+    dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
+    kwargs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in call.kwargs.items()}
+    with torch.no_grad():
+        start = time.perf_counter()
+        out = first_tensor(model(**kwargs))
+        return time.perf_counter() - start, out.float()
+
+
+def measure(
+    make: Callable[[], Network], arms: dict[str, Callable[[nn.Module], None]], repeats: int
+) -> list[dict[str, Any]]:
+    """Each arm against float32 in turns. One arm at a time: three networks of this size need not fit at once."""
+    reference, call, title = make()
+    rows: list[dict[str, Any]] = []
+    for name, apply in arms.items():
+        model = make()[0]
+        try:
+            apply(model)
+            _, got = timed(model, call)
+        except Exception as error:
+            rows.append(
+                {"model": title, "arm": name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            )
+            continue
+        _, want = timed(reference, call)
+        base, fast = [], []
+        for _ in range(repeats):
+            base.append(timed(reference, call)[0])
+            fast.append(timed(model, call)[0])
+            if fast[-1] > 60:
+                break  # slower than anybody would wait for; one pair says it
+        ratios = sorted(b / f for b, f in zip(base, fast, strict=True))
+        rows.append({
+            "model": title, "arm": name, "float32_s": statistics.median(base), "arm_s": statistics.median(fast),
+            "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1], "pairs": len(ratios),
+            "error": float((got - want).norm() / want.norm()),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+        del model
+    return rows
+
+
+def page(rows: list[dict[str, Any]], about: dict[str, Any], threads: int) -> str:
+    def cells(row: dict[str, Any]) -> list[str]:
+        if "failed" in row:
+            return [row["model"], row["arm"], "–", "–", row["failed"], "–"]
+        spread = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}, {row['pairs']} pairs)"
+        return [
+            row["model"],
+            row["arm"],
+            f"{row['float32_s']:.2f}",
+            f"{row['arm_s']:.2f}",
+            spread,
+            f"{row['error']:.2%}",
+        ]
+
+    head = ("model", "arm", "float32 s", "arm s", "times as fast", "output error")
+    isa = torch.backends.cpu.get_cpu_capability() + (" with VNNI" if torch.cpu._is_vnni_supported() else "")
+    return (
+        "# int8 on the CPU\n\nOne network call, random weights, arms in turns; ratios are medians of neighbouring calls.\n"
+        f"{threads} thread(s), {isa}.\n\n" + table(head, [cells(row) for row in rows]) + "\n" + provenance(about)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peers", action="store_true", help="also bfloat16 and torchao's dynamic int8")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about = machine()
+    rows: list[dict[str, Any]] = []
+    for name in options.models:
+        rows += measure(MODELS[name], ARMS | (PEERS if options.peers else {}), options.repeats)
+        write(
+            options.out,
+            "quant_cpu",
+            {**about, "threads": options.threads, "rows": rows},
+            page(rows, about, options.threads),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""GPTQ: columns are rounded one after the other, and what is left of each error is put into the columns to come.
+
+Source: GPTQ, 2210.17323, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.quant.formats import Format, Quantized
+
+
+def gptq(matrix: Tensor, format: Format, gram: Tensor, *, damping: float = 0.01, block: int = 128) -> Quantized:
+    """Codes of ``matrix`` that make sum ||(W - Q) X^T||^2 small, with the scales that rounding to the nearest would use.
+
+    Args:
+        matrix: (N, K).
+        format: of integers or floats.
+        gram: (K, K) float64, X^T X of the inputs as they will be.
+        damping: what is added to its diagonal, as a part of its mean.
+        block: columns between two updates of all columns to come.
+
+    Returns:
+        (N, K).
+    """
+    n, k = matrix.shape
+    scale, zero, tensor_scale = format.scales(matrix)
+    factor = _factor(gram, damping).to(matrix.device)
+    rest, chosen = matrix.double().clone(), torch.empty_like(matrix)
+    width = k // format.groups(k)
+    for start in range(0, k, block):
+        end = min(start + block, k)
+        errors = torch.zeros(n, end - start, dtype=torch.float64, device=matrix.device)
+        for j in range(start, end):
+            g = j // width
+            column = rest[:, j : j + 1].float()
+            local = Format(format.element, "row", 0, "f32")
+            s = scale[:, g : g + 1] * (1.0 if tensor_scale is None else tensor_scale)
+            z = None if zero is None else zero[:, g : g + 1]
+            rounded = local.round(column, s, z)[:, 0]
+            chosen[:, j] = rounded
+            errors[:, j - start] = (rest[:, j] - rounded.double()) / factor[j, j]
+            rest[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]
+        rest[:, end:] -= errors @ factor[start:end, end:]
+    return format.encode(chosen, scale, zero, tensor_scale)
+
+
+def _factor(gram: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Gram matrix; columns that were never seen are as rounded."""
+    gram = gram.clone()
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    diagonal += damping * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return torch.linalg.cholesky(inverse, upper=True)
