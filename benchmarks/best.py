@@ -3,11 +3,12 @@
     python benchmarks/best.py [--model NAME ...] [--guidance 1 2] [--calls 5 6 8 10 15 20] [--images 1000] [--out FOLDER]
 
 For every model, guidance and number of network calls an image both sides are searched in the same way: every solver on
-every grid of its first list (beyond the fewest calls: the 48 best of the number before, at most 6 of a class), then --rounds
-times all changes of one option or of the grid of the best three. An error is the RMS of the difference of the latents to
-those of 1,000 steps from the same noise, averaged over seeds. The search sees the first --search-seeds, its best six are
-compared on seeds 0 to 7, and what comes out is measured on seeds 8 to 15, which nothing was chosen by. A call with guidance
-sees the batch twice and counts once; schedulers of several calls a step get as many steps as the calls pay for.
+every grid of its first list (beyond the fewest calls: the 48 best of the number before, at most 6 of a class), then twice
+all changes of one option or of the grid of the best three. An error is the RMS of the difference of the latents to those of
+1,000 steps from the same noise, averaged over seeds. The search sees seeds 0 to 3, its best six are compared on seeds 0 to 7,
+and what comes out is measured on seeds 8 to 15, which nothing was chosen by. With --light a model is not searched of its own: both sides try what was
+best on fashion-dit-small and the usual solvers on the usual grids; every entry says how it was searched. A call with guidance sees the batch twice and counts once; schedulers of several calls a step
+get as many steps as the calls pay for.
 
 Both sides run in one loop with the pipeline's noise and embeddings; benchmarks/subjects.py. FID is measured for the two
 winners only, through the pipeline (--fid-calls, where --images is not 0). Finished parts are kept in --work, and a killed run
@@ -46,9 +47,6 @@ from fewstep.samplers import PlanScheduler
 CALLS = (5, 6, 8, 10, 15, 20)
 SELECTED, TESTED = [*range(8)], [*range(8, 16)]
 SEEDS = 16
-KEPT, OF_A_CLASS = 48, 6
-"""Candidates that a number of calls hands on to the next, and how many of these may be of one class."""
-BEAM, FINALISTS = 3, 6
 
 
 class Remembered:
@@ -84,11 +82,23 @@ class Effort:
     """How thoroughly both sides are searched."""
 
     seeds: int = 4
+    """What the search sees."""
     rounds: int = 2
+    beam: int = 3
+    """So many of the best are changed in a round."""
+    finalists: int = 6
+    """So many are compared on the selection's seeds."""
+    kept: int = 48
+    """Candidates that a number of calls hands on to the next; at most an eighth of them of one class."""
 
     @property
     def which(self) -> list[int]:
         return [*range(self.seeds)]
+
+
+LIGHT = Effort(seeds=2, rounds=0, finalists=4, kept=16)
+"""For models that take long: what was best on LIGHT_FROM at the same guidance and calls, and the usual solvers and grids."""
+LIGHT_FROM = "fashion-dit-small"
 
 
 class Search:
@@ -133,28 +143,22 @@ class Search:
 
     def handed_on(self) -> list[str]:
         """What the next number of calls starts from."""
-        kept: list[str] = []
-        of_class: Counter[str] = Counter()
-        for spec in self._plain():
-            of_class[class_of(spec)] += 1
-            if of_class[class_of(spec)] <= OF_A_CLASS:
-                kept.append(spec)
-        return kept[:KEPT]
+        return leaders(self._plain(), self.effort.kept, self.effort.kept // 8)
 
     def best(self, side: Side, start: Sequence[str], ours: bool) -> list[dict[str, Any]]:
         """The finalists with their errors on the selection's and the test's seeds, the best on the selection's first."""
         self.measure(start)
         for _ in range(self.effort.rounds):
-            self.measure(distinct(move for spec in self._plain()[:BEAM] for move in side.moves(spec)))
+            self.measure(distinct(move for spec in self._plain()[: self.effort.beam] for move in side.moves(spec)))
         if ours:
-            self.measure(extras(self.calls, self._plain()[:BEAM]))
+            self.measure(extras(self.calls, self._plain()[: self.effort.beam]))
         finalists = []
-        for spec in self.ranked()[:FINALISTS]:
+        for spec in self.ranked()[: self.effort.finalists]:
             errors = self.errors(spec, SELECTED)
             if errors is not None:
                 finalists.append({"scheduler": spec, "selection": float(errors.mean())})
         finalists.sort(key=lambda entry: entry["selection"])
-        for entry in finalists[:2]:
+        for entry in finalists[:1]:
             errors = self.errors(entry["scheduler"], TESTED)
             entry["test"] = math.inf if errors is None else float(errors.mean())
             entry["each"] = [] if errors is None else [round(float(e), 6) for e in errors]
@@ -163,6 +167,17 @@ class Search:
     def _plain(self) -> list[str]:
         """Specs that moves can change."""
         return [s for s in self.ranked() if not s.startswith(("free:", "shifted:", "NeuralSolver", "AcceleratedDDIM"))]
+
+
+def leaders(ranked: Iterable[str], most: int, of_class: int) -> list[str]:
+    """The first of ``ranked``, no more than ``of_class`` of one class."""
+    kept: list[str] = []
+    seen: Counter[str] = Counter()
+    for spec in ranked:
+        seen[class_of(spec)] += 1
+        if seen[class_of(spec)] <= of_class:
+            kept.append(spec)
+    return kept[:most]
 
 
 def class_of(spec: str) -> str:
@@ -258,8 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[1.0, 2.0], help="of the zoo's models (%(default)s)"
     )
-    parser.add_argument("--search-seeds", type=int, default=4, help="seeds that the search sees (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="of changes of the best three (%(default)s)")
+    parser.add_argument("--light", action="store_true", help="try what was best on a cheaper model, and the usual")
     parser.add_argument(
         "--images", type=int, default=0, help="for FID of the winners at the last guidance (%(default)s)"
     )
@@ -270,7 +284,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
-    effort = Effort(options.search_seeds, options.rounds)
+    effort = LIGHT if options.light else Effort()
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.model:
         about, entries, done = machine(), list[dict[str, Any]](), set[float]()

@@ -40,9 +40,15 @@ class Side:
     """The grids that every solver is tried on; the others come as moves."""
     options: tuple[Options, ...]
     """What else can be changed in a scheduler that has such a key."""
+    known: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """Solvers that are the usual choice, and grids that they are used on."""
 
     def start(self) -> list[str]:
         return distinct(made(spec, self.grids[grid]) for spec in self.solvers for grid in self.first)
+
+    def usual(self) -> list[str]:
+        solvers, grids = self.known
+        return distinct(made(spec, self.grids[grid]) for spec in solvers for grid in grids)
 
     def moves(self, spec: str) -> Iterator[str | None]:
         """``spec`` on every other grid, and with every other option; None where it has no such key."""
@@ -102,6 +108,7 @@ THEIRS = Side(
         *(f"diffusers:DPMSolverSinglestepScheduler(solver_order={p})" for p in (2, 3)),
     ),
     grids=_THEIR_GRIDS, first=tuple(_THEIR_GRIDS), options=_THEIR_OPTIONS,
+    known=(_MULTISTEP[:6], ("linspace", "trailing", "karras", "exponential")),
 )  # fmt: skip
 _SHIFTS: dict[str, Options] = {f"flow_shift {s:g}": {"flow_shift": s} for s in (0.5, 1.0, 1.5, 2.0, 3.0)}
 THEIRS_FLOW = Side(

@@ -360,6 +360,8 @@ class Grid:
             return cls.uniform_lambda(schedule, n, terminal=terminal)
         rule, options = parse_call(name, "grid") if "(" in name else (name, {})
         if rule not in _OPTIONS:
+            if rule in NAMES:
+                raise GridError(f"the grid {rule} takes no options, got {name!r}")
             raise GridError(unknown("grid", rule, (*NAMES, "a path ending in .json")))
         for key, number in options.items():
             if key not in _OPTIONS[rule]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STEPS = 5
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _unet2d() -> nn.Module:
     return UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 8),
-        layers_per_block=2,
+        layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -134,7 +134,7 @@ def unet_condition(**options: Any) -> nn.Module:
     given: dict[str, Any] = {
         "sample_size": 8,
         "block_out_channels": (8, 16),
-        "layers_per_block": 2,
+        "layers_per_block": 1,
         "norm_num_groups": 4,
         "attention_head_dim": 4,
         "cross_attention_dim": 8,
@@ -151,7 +151,7 @@ def _sdxl() -> nn.Module:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=56,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, 1),
         use_linear_projection=True,
     )
 
@@ -235,3 +235,39 @@ TINY = {
 }
 UNETS = ("unet2d", "sd", "sdxl")
 TRANSFORMERS = tuple(name for name in TINY if name not in UNETS)
+
+
+def decided(controller: Any, site: int = 0) -> str:
+    """What was done at a site, a letter a step: Computed, Reused, Skipped."""
+    rows = controller.report().decisions()["decisions"]
+    return "".join("CRS~"[row[site]] for row in rows)
+
+
+@torch.no_grad()
+def inputs_along(tiny: Tiny, model: nn.Module, conditioning: dict[str, Any], times: Any) -> list[Tensor]:
+    """The samples at which :func:`trajectory` calls the model as it is now."""
+    seen: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    trajectory(tiny, model, [conditioning], times)
+    handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def seen_by(module: nn.Module, tiny: Tiny, model: nn.Module, conditioning: dict[str, Any], x: Tensor, t: Any) -> Tensor:
+    """The first tensor that goes into a module, on a call of the model without a cache."""
+    found: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    tiny.call(model, x, t, conditioning)
+    handle.remove()
+    return found[0]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """All blocks of a transformer in order."""
+    names = ("transformer_blocks", "single_transformer_blocks", "blocks")
+    return [block for name in names for block in getattr(model, name, ())]

@@ -1,5 +1,7 @@
 """What tests of schedulers share: a pipeline's loop, and the distance of its result from another's."""
 
+import torch
+
 from tests.solver_fixtures import SD as SD
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -21,3 +23,15 @@ def run(s, net, x, *args, begin=None, generator=None, **kwargs):
 
 def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def smooth_network():
+    """A smooth network on (n, 4, ...) images, in float32; it depends on the time, so that a wrong time is seen."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def network(x, t):
+        with torch.no_grad():
+            return torch.tanh(layer(x.float())) * torch.cos(torch.as_tensor(t).double() / 500).float()
+
+    return network

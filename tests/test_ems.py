@@ -392,7 +392,7 @@ def test_the_scheduler_runs_its_builder(tmp_path):
     s = samplers.EMSScheduler(**SD, statistics=str(tmp_path / "ems.json"), solver_order=3, timestep_spacing="trailing")
     s.set_timesteps(6)
     grid = Grid.uniform_t(VP, 6, terminal="sigma_min")
-    assert s.plan.digest == EMS(order=3, statistics=st).compile(VP, grid).digest
+    assert s.plan.digest == EMS(order=3, statistics=st, disable_corrector=(0, 1, 2, 3)).compile(VP, grid).digest
     for t in s.timesteps:
         x = s.step(0.1 * x, t, x).prev_sample
     assert x.isfinite().all()

@@ -328,7 +328,8 @@ def test_too_few_calls_are_named():
 @pytest.mark.parametrize(
     ("options", "solver"),
     [
-        ({"solver_order": 3}, FlowSolver(order=3)),
+        ({"solver_order": 3}, FlowSolver(order=3, weights="equal")),
+        ({"method": "adams"}, FlowSolver()),
         ({"method": "adams_equal"}, FlowSolver(weights="equal")),
         ({"method": "flowturbo", "heun_steps": 2}, FlowTurbo(heun=2)),
     ],

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 
 import diffusers
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers.schedulers import AysSchedules
 
-from fewstep.errors import ArtifactError, GridError
+from fewstep.errors import ArtifactError, FewstepError, GridError
 from fewstep.samplers import DEIS, DPMSolver, Grid, NoiseSchedule, UniPC
 from fewstep.samplers.config import schedule_from_config
 from fewstep.samplers.schedule import EDM, ContinuousVP, DiscreteVP, Flow, f64
@@ -351,6 +352,54 @@ def test_unknown_names_are_refused_with_the_nearest():
         Grid.uniform_t(Flow(), 5, spacing="leading")
     with pytest.raises(GridError, match="training timesteps"):
         Grid.uniform_t(EDM(), 5)
+
+
+def test_the_smallest_sigma_of_a_rule_can_be_chosen():
+    for rule in (Grid.karras, Grid.exponential, Grid.beta, Grid.lu):
+        for schedule in (VP, Flow(), EDM()):
+            levels = rule(schedule, 7, low=0.2).noise_levels
+            plain = rule(schedule, 7).noise_levels
+            assert levels[-2].item() == pytest.approx(0.2, rel=1e-9)
+            assert levels[0] == plain[0]
+            assert levels[-1] == plain[-1] == 0
+            ends = rule(schedule, 7, low=0.2, terminal="sigma_min").noise_levels
+            assert ends[-1].item() == pytest.approx(0.2, rel=1e-9)
+    for low in (0.0, -1.0, math.inf, 1e3):
+        with pytest.raises(GridError, match=r"between 0 and the largest.*low="):
+            Grid.karras(VP, 7, low=low)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("karras(rho=5, low=0.1)", lambda n: Grid.karras(VP, n, rho=5, low=0.1)),
+        ("exponential(low=0.1)", lambda n: Grid.exponential(VP, n, low=0.1)),
+        ("lu(low=0.1)", lambda n: Grid.lu(VP, n, low=0.1)),
+        ("beta(a=1, b=0.8)", lambda n: Grid.beta(VP, n, a=1, b=0.8)),
+        ("karras()", lambda n: Grid.karras(VP, n)),
+    ],
+)
+def test_a_name_takes_the_options_of_its_rule(name, made):
+    grid = Grid.named(name, VP, 6)
+    assert torch.equal(grid.lam, made(6).lam)
+    assert grid.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("karras(rh=5)", "did you mean 'rho'"),
+        ("karras(rho=0)", "positive number, got 0"),
+        ("karras(low=true)", "positive number, got True"),
+        ("karras(5)", "key=value"),
+        ("exponential(rho=5)", "unknown option of the grid exponential 'rho'"),
+        ("uniform_lambda(low=1)", "the grid uniform_lambda takes no options"),
+        ("karass(rho=5)", "did you mean 'karras'"),
+    ],
+)
+def test_bad_options_of_a_name_are_refused(name, message):
+    with pytest.raises(FewstepError, match=re.escape(message)):
+        Grid.named(name, VP, 6)
 
 
 def test_the_grid_of_another_schedule_is_refused_by_solvers():

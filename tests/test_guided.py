@@ -1,10 +1,12 @@
 """Five steps under strong guidance: no scheduler, as it comes, may be worse than the simplest one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fewstep.samplers import Grid, NoiseSchedule, UniPC, make_scheduler, sample
+from fewstep.samplers import EMS, Grid, NoiseSchedule, UniPC, make_scheduler, sample
 from fewstep.samplers.specs import scheduler_names
 from fewstep.samplers.testing import GaussianMixture
 from tests.scheduler_fixtures import SD, run
@@ -31,6 +33,16 @@ def problem(request):
     network = MIXTURE.guided(schedule, [0], SCALE)
     grid = Grid.uniform_t(schedule, 200, spacing="trailing")
     return config, network, sample(network, NOISE, UniPC(order=3).compile(schedule, grid))
+
+
+def test_corrections_are_left_out_early_on_short_grids_only():
+    schedule = NoiseSchedule.from_config(SD)
+    for name, builder, early in (("UniPC", UniPC(), (0, 1)), ("EMS", EMS(), (0, 1, 2, 3))):
+        for steps, left_out in ((14, early), (15, ())):
+            scheduler = make_scheduler(name, SD)
+            grid = Grid.karras(schedule, steps)
+            scheduler.set_timesteps(sigmas=grid)
+            assert scheduler.plan.digest == replace(builder, disable_corrector=left_out).compile(schedule, grid).digest
 
 
 def error(spec, problem):

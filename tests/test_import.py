@@ -29,9 +29,15 @@ PUBLIC = {
         "make_scheduler parse_spec scheduler_names "
         "NoiseSource DynamicThreshold LinearMultistep load_ratios save_ratios"
     ),
-    "caching": "",
+    "caching": (
+        "UncondReuse GuidanceWindow CFGCache FasterCacheCFG FrequencyDelta FasterCacheDelta TokenMerging FrameMerging "
+        "ReAttention search_attention Removal removable removal_scores prior_noise"
+    ),
     "quant": "",
-    "pipelines": "load models edit generate_parallel guided_denoiser ParallelImages",
+    "pipelines": (
+        "load models edit generate_parallel guided_denoiser ParallelImages generate_propagated StitchedDenoiser Leap "
+        "bottleneck Stage"
+    ),
     "eval": (
         "fid clip_score cost Sweep report Moments Score fidelity Fidelity compare seed_blocks capture_latents "
         "compare_clock macs fid_infinity sfid kid cmmd prdc inception_score sliced_wasserstein measure_images FeatureSet "

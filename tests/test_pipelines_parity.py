@@ -114,7 +114,7 @@ TWINS = {
     "DDIM": "DDIMScheduler(clip_sample=False)",
     "DPMSolver": "DPMSolverMultistepScheduler(algorithm_type='dpmsolver++', solver_type='midpoint')",
     "DEIS": "DEISMultistepScheduler(solver_type='logrho')",
-    "UniPC": "UniPCMultistepScheduler(solver_type='bh2')",
+    "UniPC": "UniPCMultistepScheduler(solver_type='bh2', disable_corrector=[0, 1])",  # ours on short grids
 }
 
 

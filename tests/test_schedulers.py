@@ -207,6 +207,28 @@ def test_the_process_of_a_fresh_config_is_kept(ours, theirs):
     assert isinstance(s.schedule, EDM) == theirs.startswith("EDM")
 
 
+@pytest.mark.parametrize("name", scheduler_names())
+def test_a_scheduler_is_made_from_a_saved_config_of_another_class(name, tmp_path):
+    theirs = diffusers.DDIMScheduler(**SD, timestep_spacing="trailing")
+    if name == "Flow":
+        theirs = diffusers.FlowMatchEulerDiscreteScheduler()
+    options = {"process": "mean_reverting"} if name == "MeanReverting" else {}
+    theirs.save_pretrained(tmp_path)
+    s = make_scheduler(name, {**type(theirs).load_config(tmp_path), **options})
+    s.set_timesteps(6)
+    assert len(s.timesteps) == 6
+
+
+def test_the_sigmas_of_a_saved_edm_config_are_kept(tmp_path):
+    for kind, grid in (("karras", Grid.karras), ("exponential", Grid.exponential)):
+        diffusers.EDMDPMSolverMultistepScheduler(sigma_schedule=kind).save_pretrained(tmp_path)
+        s = scheduler("DPMSolver", diffusers.EDMDPMSolverMultistepScheduler.load_config(tmp_path))
+        s.save_pretrained(tmp_path)
+        for again in (s, samplers.DPMSolverScheduler.from_pretrained(tmp_path)):
+            again.set_timesteps(9)
+            assert torch.equal(again.grid.lam, grid(EDM(), 9).lam)
+
+
 def test_a_saved_flow_whose_noise_falls_is_refused(tmp_path):
     diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True).save_pretrained(tmp_path)
     config = diffusers.FlowMatchEulerDiscreteScheduler.load_config(tmp_path)

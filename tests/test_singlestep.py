@@ -24,7 +24,7 @@ from fewstep.samplers import (
 )  # fmt: skip
 from fewstep.samplers.schedule import f64
 from fewstep.samplers.solvers.runge_kutta import TABLEAUS
-from tests.scheduler_fixtures import SD, relative, run
+from tests.scheduler_fixtures import SD, relative, run, smooth_network
 from tests.solver_fixtures import (
     GAUSSIAN,
     HIGH,
@@ -385,15 +385,7 @@ def test_bad_options_are_named(make, match):
 # -- the scheduler -------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def net():
-    """A smooth network that depends on the time, so that a wrong time is seen."""
-    torch.manual_seed(0)
-    layer = torch.nn.Conv2d(4, 4, 3, padding=1)
-
-    def network(x, t):
-        with torch.no_grad():
-            return torch.tanh(layer(x.float())) * torch.cos(torch.as_tensor(t).double() / 500).float()
-
-    return network
+    return smooth_network()
 
 
 NOISE = normal(2, 4, 8, 8).float()

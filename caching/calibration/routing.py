@@ -29,6 +29,9 @@ from fewstep.errors import FewstepError
 Run = Callable[[], Any]
 OPEN = 5.0
 """Logits stay within -OPEN and OPEN, where a gate is shut or open but for 0.7 %."""
+COLDEST = 0.1
+"""Temperature of the gates at the end of the training, 1 at its beginning: soft gates become the hard ones of the plan, which
+do not know that half of a value is nearly as good as all of it."""
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Gates:
         sites: names of the branches.
         costs: (branches,) share of a full call's MACs of each.
         weights: (steps,) of the steps' losses.
+        temperature: of the gates.
     """
 
     logits: Tensor
@@ -48,10 +52,15 @@ class Gates:
     sites: tuple[str, ...]
     costs: Tensor
     weights: Tensor
+    temperature: float = 1.0
+
+    def gate(self, step: int, site: int) -> Tensor:
+        """How much of a branch's value is computed, 0 to 1."""
+        return (self.logits[step, site] / self.temperature).sigmoid()
 
     def share(self, step: int | None = None) -> Tensor:
         """Expected MACs of a step, or of all on average, as a share of computing everything."""
-        gates = torch.where(self.learned[:, None], self.logits.sigmoid(), 1.0)
+        gates = torch.where(self.learned[:, None], (self.logits / self.temperature).sigmoid(), 1.0)
         saved = ((1 - gates) * self.costs).sum(1)
         return 1 - (saved.mean() if step is None else saved[step])
 
@@ -125,6 +134,7 @@ def _practise(runs: Runs, lesson: _Lesson, iterations: Sequence[int], tick: Call
     starts = range(0, len(runs), runs.batch)
     with _gated(runs, lesson):
         for iteration in iterations:
+            lesson.gates.temperature = COLDEST ** (iteration / max(lesson.method.iterations - 1, 1))
             runs.batch_latents(starts[iteration % len(starts)])
             lesson.steer()
             tick("training gates")
@@ -161,7 +171,7 @@ class _Lesson:
 
     def fit(self, cell: Cell, step: int, true: Any) -> Any:
         """A branch's value through its gate. What is kept is the mixture, as the student has it."""
-        gate = self.gates.logits[step, self.gates.sites.index(cell.site)].sigmoid()
+        gate = self.gates.gate(step, self.gates.sites.index(cell.site))
         kept = cell.history[0]
         leaves = tree_leaves(true)
         mixed = [

@@ -46,7 +46,9 @@ class Removal(Method):
             if len(chosen) < count and not any(_overlap(name, other) for other in chosen):
                 chosen.append(name)
         if not 0 < count <= len(chosen):
-            raise FewstepError(f"count is {count}; of the {len(scores)} sites scored 1 to {len(chosen)} can go together")
+            raise FewstepError(
+                f"count is {count}; of the {len(scores)} sites scored 1 to {len(chosen)} can go together"
+            )
         return cls(tuple(chosen))
 
     def sites(self, family: Family) -> list[str]:

@@ -26,7 +26,7 @@ class Router(Method):
     computed in full, and the trajectory is that of the ungated network (Learning-to-Cache: Accelerating Diffusion
     Transformer via Layer Caching, arXiv 2406.01733, which draws its states by noising training images instead).
 
-    Two things differ from what is published. The weight of the gates' sum is steered to the budget (dual ascent). And a
+    Three things differ from what is published. Gates are cooled while they are trained. The weight of the gates' sum is steered to the budget (dual ascent). And a
     step's loss is weighted by how much the final latents move for an error of that size there; HarmoniCa's image error proxy
     (``proxy="image"``) takes how much they move, whatever the size of the error.
 

@@ -15,11 +15,12 @@ _METHODS = ("adams", "adams_equal", "flowturbo")
 class FlowScheduler(SolverScheduler):
     """Solvers of flow models in their own velocity: see :class:`fewstep.samplers.FlowSolver` and ``FlowTurbo``.
 
-    ``method``: adams (Adams-Bashforth on the steps as they are, ``solver_order`` 1 to 4), adams_equal (with the weights of
-    equal steps) or flowturbo (``heun_steps`` of Heun, then pseudo-corrector steps).
+    ``method``: adams_equal (Adams-Bashforth with the weights of equal steps, ``solver_order`` 1 to 4), adams (with those of the
+    steps as they are, which on shifted grids extrapolate further than strong guidance bears) or flowturbo (``heun_steps`` of
+    Heun, then pseudo-corrector steps).
     """
 
-    options: ClassVar[dict[str, Any]] = {"method": "adams", "solver_order": 2, "heun_steps": 1}
+    options: ClassVar[dict[str, Any]] = {"method": "adams_equal", "solver_order": 2, "heun_steps": 1}
 
     def solver(self) -> Solver:
         config = self.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -85,52 +85,86 @@ def sample_adaptive(
     if not lam < end:
         raise FewstepError(f"lambda grows from start to end, got start={lam:g}, end={end:g}")
 
-    dtype = noise.dtype
-    calls, h, levels, raws = 0, float(first_step), [lam], list[Tensor]()
-    first = Grid.lambdas(schedule, [lam, end])
-    x = noise * schedule.init_scale(first.alpha[0], first.sigma[0]).item()
-    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
-    previous = x
+    def plan_of(solver: DPMSolverSinglestep, levels: list[float], name: str = "custom") -> SolverPlan:
+        return solver.compile(schedule, Grid.lambdas(schedule, levels, name=name))
 
-    def run(plan: SolverPlan, raws: list[Tensor]) -> Tensor:
-        """The plan's end from x; calls whose output is known already are in ``raws``, new ones are added."""
-        nonlocal calls
-        executor, state, y = Executor(plan, hook), Run(), x
-        for i, tau in enumerate(plan.model_time.tolist()):
-            if i == len(raws):
-                if calls == max_calls:
-                    raise FewstepError(
-                        f"no end after {max_calls} network calls, at lambda {lam:g} of {end:g} with steps of {h:.3g}; "
-                        "allow a larger error (atol, rtol) or more calls (max_calls)"
-                    )
-                calls += 1
-                raws.append(model(executor.model_input(state, y).to(dtype), tau))
-            y = executor.advance(state, raws[i], y)
-        return y
-
+    walk = _Walk.from_noise(model, noise, plan_of(low, [lam, end]).init_scale, hook, max_calls)
+    h, levels = float(first_step), [lam]
+    previous = walk.x
     while lam < end:
         # lam + (end - lam) may round to less than end, and no step can be made from there
         t = end if end - lam <= h * (1 + 1e-9) else lam + h
         between = [lam + r * (t - lam) for r in shares]
-        better = run(high.compile(schedule, Grid.lambdas(schedule, [lam, *between, t])), raws)
-        worse = run(low.compile(schedule, Grid.lambdas(schedule, [lam, *between[: order - 2], t])), raws)
-        delta = torch.maximum(worse.abs(), previous.abs()).mul_(rtol).clamp_(min=atol)
-        error = float(((better - worse) / delta).square().flatten(1).mean(1).sqrt().max())
+        where = f"at lambda {lam:g} of {end:g} with steps of {h:.3g}"
+        better = walk.run(plan_of(high, [lam, *between, t]), where)
+        worse = walk.run(plan_of(low, [lam, *between[: order - 2], t]), where)
+        error = _error(better, worse, previous, atol, rtol)
         if error != error:
             raise FewstepError(
                 f"the error of the step from lambda {lam:g} to {t:g} is not a number; the network diverged"
             )
         if error <= 1:
             levels += [*between, t]
-            x, previous, lam = better, worse, t
-            raws = []
+            previous, lam = worse, t
+            walk.accept(better)
         else:
-            raws = raws[:1]
+            walk.reject()
         h = min(safety * h * error ** (-1 / order), end - lam) if error else end - lam
 
     if to_zero:
         levels.append(float("inf"))
-        x = run(low.compile(schedule, Grid.lambdas(schedule, [lam, levels[-1]])), [])
-    plan = high.compile(schedule, Grid.lambdas(schedule, levels, name="adaptive"))
-    found = {"atol": atol, "rtol": rtol, "batch": len(noise), "calls": calls}
-    return Adaptive(x.to(dtype), replace(plan, method=f"adaptive {plan.method}", provenance=found), calls)
+        walk.accept(walk.run(plan_of(low, [lam, levels[-1]]), f"at lambda {lam:g}, before sigma = 0"))
+    plan = plan_of(high, levels, "adaptive")
+    found = {"atol": atol, "rtol": rtol, "batch": len(noise), "calls": walk.calls}
+    plan = replace(plan, method=f"adaptive {plan.method}", provenance=found)
+    return Adaptive(walk.x.to(noise.dtype), plan, walk.calls)
+
+
+def _error(better: Tensor, worse: Tensor, previous: Tensor, atol: float, rtol: float) -> float:
+    """E of :func:`sample_adaptive`; a step is accepted up to 1."""
+    delta = torch.maximum(worse.abs(), previous.abs()).mul_(rtol).clamp_(min=atol)
+    return float(((better - worse) / delta).square().flatten(1).mean(1).sqrt().max())
+
+
+@dataclass
+class _Walk:
+    """The state that steps are tried from, and the outputs that are known there."""
+
+    model: Model
+    x: Tensor
+    dtype: torch.dtype
+    """What the network is given its states in."""
+    hook: Hook | None
+    max_calls: int
+    raws: list[Tensor] = field(default_factory=list)
+    """Outputs at x and at the stages of the step that is being tried: two orders share them."""
+    calls: int = 0
+
+    @staticmethod
+    def from_noise(model: Model, noise: Tensor, scale: float, hook: Hook | None, max_calls: int) -> _Walk:
+        x = noise * scale
+        half = noise.dtype in (torch.float16, torch.bfloat16)
+        return _Walk(model, x.float() if half else x, noise.dtype, hook, max_calls)
+
+    def run(self, plan: SolverPlan, where: str) -> Tensor:
+        """The plan's end from x; only outputs that are not known yet are called for."""
+        executor, state, y = Executor(plan, self.hook), Run(), self.x
+        for i, tau in enumerate(plan.model_time.tolist()):
+            if i == len(self.raws):
+                if self.calls == self.max_calls:
+                    raise FewstepError(
+                        f"no end after {self.max_calls} network calls, {where}; "
+                        "allow a larger error (atol, rtol) or more calls (max_calls)"
+                    )
+                self.calls += 1
+                self.raws.append(self.model(executor.model_input(state, y).to(self.dtype), tau))
+            y = executor.advance(state, self.raws[i], y)
+        return y
+
+    def accept(self, x: Tensor) -> None:
+        """Go on from ``x``."""
+        self.x, self.raws = x, []
+
+    def reject(self) -> None:
+        """Try again from the same state, whose output stays known."""
+        self.raws = self.raws[:1]

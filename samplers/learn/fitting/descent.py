@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, GridError
 from fewstep.samplers.learn.fitting.parameters import Parameters
 from fewstep.samplers.learn.fitting.runner import Trace, error, rms, run
 from fewstep.samplers.learn.teaching.problem import Problem
@@ -72,7 +72,10 @@ def descend(
 
     def judge() -> None:
         nonlocal best, kept
-        found = float(error(parameters.frozen(), held_out).mean())
+        try:
+            found = float(error(parameters.frozen(), held_out).mean())
+        except GridError:  # points that fell together: the steps were too long
+            return
         if found < best:
             best, kept = found, parameters.vector()
 
@@ -87,7 +90,10 @@ def descend(
             group["lr"] = options.rate * 0.5 * (1 + math.cos(math.pi * spent))
         some = torch.randperm(len(problem), generator=randomness)[: options.batch]
         part = problem.take(some)
-        plan = parameters.plan()
+        try:
+            plan = parameters.plan()
+        except GridError:
+            break
         start = part.start(plan) + offsets[some]
         free = [start.requires_grad_()] if options.relax else []
         value = loss(run(plan, part, begin=Trace((start,), ())), part, plan).mean()

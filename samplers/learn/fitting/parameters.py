@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.samplers.grid import Grid
+from fewstep.samplers.learn.teaching.problem import noisiest
 from fewstep.samplers.plan import SolverPlan
 from fewstep.samplers.schedule import NoiseSchedule, f64
 from fewstep.samplers.solver import Solver
@@ -56,17 +57,21 @@ class Parameters:
         n = grid.steps
         self._begin = int(not bool(grid.lam[0].isfinite()))  # flows start at lambda = -inf, which no gap leads from
         evaluated = grid.lam[self._begin : n].detach()
-        clean = float(schedule.lam(f64(schedule.t_range[1])))
+        self._clean = float(schedule.lam(f64(schedule.t_range[1])))
         first = float(evaluated[0])
         if self._begin:  # the first gap is measured from a lambda that lies before every sensible second point
-            hi, lo = schedule.t_range
-            first = min(float(schedule.lam(f64(lo + 0.999 * (hi - lo)))), first - 0.1)
-        self._first, self._span = first, max(clean, float(evaluated[-1])) - first
+            first = min(noisiest(schedule), first - 0.1)
         knots = torch.cat([f64([first]), evaluated]) if self._begin else evaluated
-        gaps = torch.cat([knots.diff(), f64([first + self._span - float(knots[-1])])]).clamp(min=1e-3 * self._span)
+        span = max(self._clean, float(evaluated[-1])) - first
+        slack = max(first + span - float(knots[-1]), 1e-3 * span)  # a gap of 0 could not open again
+        gaps = torch.cat([knots.diff(), f64([slack])])
+        self._first, self._span = first, float(gaps.sum())
         self._log_gaps = torch.log(gaps / gaps.sum())
         self.values: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
+        told = schedule.lam(schedule.t_from_model_time(grid.model_time.detach()))[self._begin :]
+        leaning = ((told - evaluated) / (WINDOW * _room(evaluated))).clamp(-0.99, 0.99)
+        self._leaning = torch.cat([torch.zeros(self._begin, dtype=torch.float64), torch.atanh(leaning)])
         sizes: Mapping[str, tuple[int, ...]] = {
             "grid": (len(gaps),), "times": (n,), "mix": (n * (n - 1) // 2,), "scale": (n, 2),
         }  # fmt: skip
@@ -121,13 +126,10 @@ class Parameters:
         t = self.schedule.t(lam)
         told = lam[:n]
         if shifts is not None:
-            gaps = lam[b:n].detach().diff()
-            far = f64([math.inf])
-            room = torch.minimum(torch.cat([far, gaps]), torch.cat([gaps, far])) if len(gaps) else f64([1.0])
-            fixed = torch.zeros(max(b, 1), dtype=torch.float64)
-            shift = torch.tanh(shifts[len(fixed) :]) * WINDOW * room[len(fixed) - b :]
-            told = torch.cat([told[: len(fixed)], told[len(fixed) :] + shift])
-        told_t = torch.cat([t[:b], self.schedule.t(told[b:])])
+            shifts = shifts + self._leaning
+            shifts = torch.cat([torch.zeros_like(shifts[: b + 1]), shifts[b + 1 :]])  # the first is pure noise, as it says
+            told = torch.cat([told[:b], told[b:] + torch.tanh(shifts[b:]) * WINDOW * _room(told[b:])])
+        told_t = torch.cat([t[:b], self.schedule.t(told[b:].clamp(max=max(self._clean, float(self.start.lam[n - 1]))))])
         return Grid(t, lam, self.schedule.model_time(told_t), self.schedule, "learned")
 
     def plan(self) -> SolverPlan:
@@ -160,3 +162,11 @@ class Parameters:
                 name: getattr(plan, name).detach().clone() for name in ("state", "output", "alpha", "sigma", "model_time", "in_scale")
             }  # fmt: skip
             return replace(plan, **fields, provenance=dict(provenance or {})).validate(strict=False)
+
+
+def _room(lam: Tensor) -> Tensor:
+    """The smaller gap beside each of these lambdas."""
+    gaps = lam.diff()
+    if not len(gaps):
+        return torch.ones_like(lam)
+    return torch.cat([gaps[:1], torch.minimum(gaps[:-1], gaps[1:]), gaps[-1:]])

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.errors import FewstepError, unknown
 from fewstep.samplers.convert import conversion
 from fewstep.samplers.grid import Grid
-from fewstep.samplers.learn.teaching.problem import Problem
+from fewstep.samplers.learn.teaching.problem import Problem, noisiest
 from fewstep.samplers.schedule import f64
 
 Metric = Literal["l1", "l2", "dev"]
@@ -95,9 +95,8 @@ def ays(problem: Problem, nfe: int, *, fine: int = 64, seed: int = 0) -> Grid:
     Source: Align Your Steps, 2404.14507, theorem 3.1 and section 3.3.
     """
     schedule = problem.schedule
-    ends = schedule.lam(f64(schedule.t_range))
-    low = float(ends[0]) if bool(ends[0].isfinite()) else float(schedule.lam(f64(0.999)))
-    lam = torch.linspace(low, float(ends[1]), fine + 1, dtype=torch.float64)
+    clean = float(schedule.lam(f64(schedule.t_range[1])))
+    lam = torch.linspace(noisiest(schedule), clean, fine + 1, dtype=torch.float64)
     weight = torch.exp(2 * lam)
     outputs = _denoised(problem, lam, torch.Generator().manual_seed(seed))
     distance = (outputs[:, None] - outputs[None]).square().sum(-1).mean(-1)  # (from, to)
@@ -149,7 +148,7 @@ def _slopes(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     slopes = [torch.zeros_like(states[0])] * len(lam)
     with torch.no_grad():
         for i in range(len(lam) - 1):
-            at = lam[i] if bool(lam[i].isfinite()) else schedule.lam(f64(schedule.t_range[0] * (1 - 1e-6)))
+            at = lam[i] if bool(lam[i].isfinite()) else f64(noisiest(schedule))
             # eps, and eps - x0 for flows: (X / alpha - x0) / rho and (X - x0) / sigma
             slopes[i] = (states[i] - _x0(problem, problem.states[i], at).flatten(1)) / time[i]
     return states, torch.stack(slopes), time

@@ -122,15 +122,29 @@ class Problem:
         return self.noise * plan.init_scale
 
 
-def teacher_grid(schedule: NoiseSchedule, steps: int) -> Grid:
-    """Where a teacher looks: half of its steps uniform in lambda, half in time, so that no part of the way is coarse."""
+def noisiest(schedule: NoiseSchedule) -> float:
+    """The smallest lambda that a step may be measured from: of the noisiest training time, or where that is pure noise, near."""
     hi, lo = schedule.t_range
-    ends = schedule.lam(f64([hi, lo]))
-    begin, end = float(ends[0]), float(ends[1])
-    inner = begin if ends[0].isfinite() else float(schedule.lam(f64(lo + 0.9995 * (hi - lo))))
+    shares = f64([1.0, 0.9995, 0.998, 0.99])  # zero terminal SNR: a table has nothing between pure noise and its neighbour
+    lam = schedule.lam(lo + shares * (hi - lo))
+    return float(lam[lam.isfinite()][0])
+
+
+def teacher_grid(schedule: NoiseSchedule, steps: int) -> Grid:
+    """Where a teacher looks: half of its steps uniform in lambda, half in time, so that no part of the way is coarse.
+
+    Time is EDM's sigma^(1/7) for variance exploding, whose sigma itself is nearly all noise.
+    """
+    hi, lo = schedule.t_range
+    begin, end = schedule.lam(f64([hi, lo])).tolist()
+    inner = noisiest(schedule)
     many = 16 * steps
     share = torch.linspace(0, 1, many + 1, dtype=torch.float64)
-    lam = torch.cat([inner + share * (end - inner), schedule.lam(lo + (1 - share) * (hi - lo)).clamp(inner, end)])
+    if schedule.family == "ve":
+        timed = schedule.lam((lo ** (1 / 7) + (1 - share) * (hi ** (1 / 7) - lo ** (1 / 7))) ** 7)
+    else:
+        timed = schedule.lam(lo + (1 - share) * (hi - lo))
+    lam = torch.cat([inner + share * (end - inner), timed.clamp(inner, end)])
     quantiles = lam.sort().values
     first = [begin] if begin != inner else []
     count = steps - len(first)

@@ -12,16 +12,13 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.samplers.learn.fitting.levenberg import Iteration, levenberg
+from fewstep.samplers.learn.fitting.mixture import Mixture, grid_of
 from fewstep.samplers.learn.fitting.parameters import Parameters, Part
 from fewstep.samplers.learn.fitting.runner import error
 from fewstep.samplers.learn.methods.untuned import Untuned, untuned
 from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.learn.teaching.teacher import Teacher
 from fewstep.samplers.plan import SolverPlan
-
-FEW = 12
-"""Trajectories of the first iterations: enough to find the way, at a quarter of the cost."""
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -39,12 +36,13 @@ class Progress:
 
 Report = Callable[[Progress], None]
 STAGES: tuple[tuple[str, tuple[Part, ...], int, int], ...] = (
-    ("grid", ("grid", "times"), FEW, 3),
-    ("coefficients", ("grid", "times", "mix"), FEW, 3),
-    ("all of them", ("grid", "times", "mix"), 10**6, 4),
-    ("free rows", ("grid", "times", "mix", "scale"), 10**6, 2),
+    ("grid", ("grid", "times"), 12, 1),
+    ("coefficients", ("grid", "times", "mix"), 12, 3),
+    ("free rows", ("grid", "times", "mix", "scale"), 32, 3),
 )
-"""(name, what is free, trajectories, iterations) of the stages; each goes on from the one before."""
+"""(name, what is free, trajectories, sets of differences) of the stages; each goes on from the one before.
+
+A dozen trajectories are enough to find the way, at a fraction of the cost."""
 
 
 def tune(
@@ -53,17 +51,21 @@ def tune(
     *,
     seconds: float = 900.0,
     held_out: int | None = None,
+    start: SolverPlan | None = None,
     report: Report | None = None,
 ) -> SolverPlan:
     """The best plan of so many calls that can be learned from ``problem`` in that time.
 
     Starts from the best untuned solver and grid. First its grid and model times are fitted, then the coefficients with them,
-    then more of the trajectories, then rows whose marginals need not be kept, all by Levenberg and Marquardt's method. What
+    then, on more trajectories, rows
+    whose marginals need not be kept, all by Levenberg and Marquardt's method. What
     every iteration finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan where
     nothing beat it.
 
     Args:
         seconds: of learning; it ends earlier where nothing improves.
+        start: a learned plan to go on from, of another model for example: plans carry over between models of one noise
+            schedule. Where it beats the best untuned plan the stages that find the way are left out.
         held_out: trajectories to judge by; a third if left out.
 
     Returns:
@@ -76,16 +78,21 @@ def tune(
         raise FewstepError(f"{len(problem)} trajectories are too few to learn from and to judge by; give at least 3, rather 64")
     began = time.monotonic()
     train, judge = problem.split(held_out or max(1, len(problem) // 3))
-    start = _start(train, judge, nfe)
-    best, least, method = start.plan, start.error, "untuned"
+    begin = _start(train, judge, nfe)
+    untouched, stages = begin.error, STAGES
+    if start is not None:
+        given = _given(start, judge, nfe)
+        if given.error < begin.error:
+            begin, stages = given, STAGES[-1:]
+    best, least, method = begin.plan, begin.error, "untuned" if stages == STAGES else "given"
     history: list[dict[str, float]] = []
     carried: Parameters | None = None
-    total = sum(count for *_, count in STAGES)
-    for stage, parts, samples, count in STAGES:
+    total = sum(count for *_, count in stages)
+    for stage, parts, samples, count in stages:
         left = seconds - (time.monotonic() - began)
         if left <= 0:
             break
-        parameters = Parameters(start.solver, problem.schedule, start.grid, parts)
+        parameters = Parameters(begin.solver, problem.schedule, begin.grid, parts)
         if carried is not None:
             parameters.take(carried)
         if not any(math.prod(v.shape) for v in parameters.tensors()):
@@ -106,12 +113,12 @@ def tune(
         carried = parameters
     provenance: dict[str, Any] = {
         **problem.about,
-        "learned_by": "fewstep.samplers.learn.auto",
+        "learned_by": "fewstep.samplers.learn.tune",
         "stage": method,
-        "started_from": f"{start.solver} on {start.grid.name}",
+        "started_from": f"{begin.solver} on {begin.grid.name}",
         "trajectories": len(train),
         "held_out": len(judge),
-        "error_before": start.error,
+        "error_before": untouched,
         "error_after": least,
         "seconds": round(time.monotonic() - began, 1),
         "history": history,
@@ -125,6 +132,14 @@ def _start(train: Problem, judge: Problem, nfe: int) -> Untuned:
     few = untuned(train, nfe)[:3]
     judged = [replace(u, error=float(error(u.plan, judge).mean())) for u in few]
     return min(judged, key=lambda u: u.error)
+
+
+def _given(plan: SolverPlan, judge: Problem, nfe: int) -> Untuned:
+    plan.check_schedule(judge.schedule, "the plan to start from")
+    if plan.nfe != nfe:
+        raise FewstepError(f"the plan to start from has {plan.nfe} calls, {nfe} were asked for")
+    grid = replace(grid_of(plan, judge.schedule), name="a learned grid")
+    return Untuned(Mixture.of(plan, judge.schedule), grid, plan, float(error(plan, judge).mean()))
 
 
 def auto(
