@@ -6,9 +6,11 @@ For every model, guidance and number of network calls an image both sides are se
 every grid of its first list (beyond the fewest calls: the 48 best of the number before, at most 6 of a class), then twice
 all changes of one option or of the grid of the best three. An error is the RMS of the difference of the latents to those of
 1,000 steps from the same noise, averaged over seeds. The search sees seeds 0 to 3, its best six are compared on seeds 0 to 7,
-and what comes out is measured on seeds 8 to 15, which nothing was chosen by. With --light a model is not searched of its own: both sides try what was
-best on fashion-dit-small and the usual solvers on the usual grids; every entry says how it was searched. A call with guidance sees the batch twice and counts once; schedulers of several calls a step
-get as many steps as the calls pay for.
+and what comes out is measured on seeds 8 to 15, which nothing was chosen by. A call with guidance sees the batch twice and
+counts once; schedulers of several calls a step get as many steps as the calls pay for.
+
+With --light a model is not searched of its own: both sides try the usual solvers on the usual grids and, but for a flow,
+what was best on fashion-dit-small; two seeds choose four of them for the comparison. Every entry says how it was searched.
 
 Both sides run in one loop with the pipeline's noise and embeddings; benchmarks/subjects.py. FID is measured for the two
 winners only, through the pipeline (--fid-calls, where --images is not 0). Finished parts are kept in --work, and a killed run
@@ -21,6 +23,7 @@ goes on from them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import warnings
@@ -40,7 +43,7 @@ from subjects import REFERENCE, Mixture, Network, Subject, affordable, quality, 
 from torch import Tensor
 
 from fewstep import pipelines
-from fewstep.artifact import write_json
+from fewstep.artifact import write_bytes, write_json
 from fewstep.eval.pairs.latents import latent_rmse
 from fewstep.samplers import PlanScheduler
 
@@ -192,11 +195,19 @@ def by_solver(search: Search, top: int = 12) -> dict[str, Any]:
     return dict(sorted(best.items(), key=lambda item: item[1][0])[:top])
 
 
+def light_start(name: str, side: Side, subject: Subject | Mixture, calls: int, work: Path) -> list[str]:
+    """The best of :data:`LIGHT_FROM`'s search, two of a class, and the usual; for a flow model the usual alone."""
+    if subject.flow:
+        return side.usual()
+    found = json.loads((work / f"{LIGHT_FROM}-g{subject.guidance:g}-{calls}.json").read_text())
+    specs = [entry["scheduler"] for entry in found[name]]
+    return distinct([*leaders([*specs, *found[f"{name}_next"]], LIGHT.kept, 2), *side.usual()])
+
+
 def searched(subject: Subject | Mixture, calls_list: Sequence[int], effort: Effort, work: Path) -> list[dict[str, Any]]:
     """One entry for every number of calls; those that lie in ``work`` are read."""
     entries: list[dict[str, Any]] = []
     reference = subject.reference()
-    drift = float(latent_rmse(subject.reference(REFERENCE // 2), reference).mean())
     sides = {"ours": OURS_FLOW if subject.flow else OURS, "theirs": THEIRS_FLOW if subject.flow else THEIRS}
     starts = {name: side.start() for name, side in sides.items()}
     network = Remembered(subject.network, subject.noise)
@@ -207,6 +218,9 @@ def searched(subject: Subject | Mixture, calls_list: Sequence[int], effort: Effo
             if path.exists():
                 part = json.loads(path.read_text())
             else:
+                if effort == LIGHT:
+                    starts = {name: light_start(name, side, subject, calls, work) for name, side in sides.items()}
+                drift = float(latent_rmse(subject.reference(REFERENCE // 2), reference).mean())
                 part = {
                     "guidance": subject.guidance,
                     "calls": calls,
@@ -266,6 +280,38 @@ def page(body: dict[str, Any]) -> str:
     )
 
 
+def published(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The entries of the model's page, which may have been written for other guidances."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
+def summary(folder: Path) -> str:
+    """Error over error of all pages in ``folder``, one row a model and guidance."""
+    entries = [
+        (body["model"], entry)
+        for body in (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+        for entry in body["entries"]
+    ]
+    ratios = {
+        (model, entry["guidance"], entry["calls"]): entry["ours"][0]["test"] / entry["theirs"][0]["test"]
+        for model, entry in entries
+    }
+    calls = sorted({n for *_, n in ratios})
+    rows = []
+    for model, guidance in dict.fromkeys((m, g) for m, g, _ in ratios):
+        found = [ratios.get((model, guidance, n)) for n in calls]
+        cells = ["–" if r is None else f"{r:.2f}" if r < 1 else f"**{r:.2f}**" for r in found]
+        rows.append((f"[{model}]({model}.md)", f"{guidance:g}", *cells))
+    return (
+        "# Our best against diffusers' best\n\n"
+        + table(("model", "guidance", *(f"{n} calls" for n in calls)), rows)
+        + "\nThe error of our best training-free scheduler and grid over that of diffusers' best with all of its options, on "
+        "seeds that neither was chosen by; 1 and more is set in bold. What won, and the errors, stand on each model's page; "
+        "how both sides were searched, in `benchmarks/best.py`, which wrote all of this.\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["mixture", *sorted(pipelines.models())])
@@ -301,13 +347,19 @@ def main() -> None:
                     if entry["calls"] in options.fid_calls:
                         entry["fid"] = fids(subject, entry, options.images, options.work)
             entries += found
+            before = published(options.out, subject.name)
+            others = [e for e in before if e["guidance"] not in done]
+            for entry, old in itertools.product(found, before):  # FID of a run that measured it
+                if all(entry[key] == old[key] for key in ("guidance", "calls", "ours", "theirs")) and "fid" in old:
+                    entry.setdefault("fid", old["fid"])
             body = {
                 "model": subject.name,
                 "seeds": {"selection": SELECTED, "test": TESTED},
-                "entries": entries,
+                "entries": sorted(others + entries, key=lambda e: (e["guidance"], e["calls"])),
                 "machine": about,
             }
             write(options.out, subject.name, body, page(body))
+            write_bytes(options.out / "README.md", summary(options.out).encode())
             print(page(body))
 
 

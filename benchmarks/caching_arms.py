@@ -13,8 +13,6 @@ from caching_peers import Peer
 from record import RESULTS
 
 from fewstep import caching
-from fewstep.caching.methods.merging import TokenMerging
-from fewstep.caching.methods.uncond import CFGCache, GuidanceWindow, UncondReuse
 
 OUT = RESULTS / "caching"
 PLANS = OUT / "plans"
@@ -43,10 +41,11 @@ def ours(*methods: Any) -> Peer:
 
 def label(method: Any) -> str:
     """A method as it would be written, its first option always, the others where they are not the default."""
+    first = next(f for f in fields(method) if not f.kw_only)
     told = [
         f"{f.name}={_short(getattr(method, f.name))}"
-        for i, f in enumerate(fields(method))
-        if f.name != "timesteps" and (i == 0 or getattr(method, f.name) != f.default)
+        for f in fields(method)
+        if f.name != "timesteps" and (f is first or getattr(method, f.name) != f.default)
     ]
     return f"{type(method).__name__}({', '.join(told)})"
 
@@ -54,7 +53,9 @@ def label(method: Any) -> str:
 def _short(value: Any) -> str:
     if hasattr(type(value), "kind"):  # a predictor
         return label(value)
-    return f"({', '.join(map(str, value))})" if isinstance(value, tuple) else f"{value}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(str, value))})" if len(value) < 4 else f"({len(value)} values)"
+    return f"{value}"
 
 
 def methods(unet: bool) -> list[Any]:
@@ -66,10 +67,10 @@ def methods(unet: bool) -> list[Any]:
         c.PyramidBroadcast(),
         c.PyramidBroadcast(spatial=3, window=(0, 1000)),
         c.FasterCache(),
-        *(UncondReuse(interval=n) for n in (2, 3, 5)),
-        *(GuidanceWindow(a, b) for a, b in ((0.0, 0.8), (0.2, 0.8), (0.2, 1.0))),
-        CFGCache(interval=2),
-        TokenMerging(0.5),
+        *(c.UncondReuse(interval=n) for n in (2, 3, 5)),
+        *(c.GuidanceWindow(a, b) for a, b in ((0.0, 0.8), (0.2, 0.8), (0.2, 1.0))),
+        c.CFGCache(interval=2),
+        c.TokenMerging(0.5),
         *(c.Interval(n, predict=p) for n in (2, 3) for p in (c.Hold(), c.Extrapolate(1))),
     ]
     if unet:
@@ -180,15 +181,21 @@ def plans(subject: Any) -> dict[str, Any]:
     return {f"plan {path.stem.rsplit('-', 1)[1]}": caching.CachePlan.load(path) for path in found}
 
 
+def together(subject: Any) -> dict[str, Peer]:
+    """Two at once: those with a plan whose computed steps fit each other, and the plan files with reuse of guidance."""
+    c = caching
+    if subject.guidance == 1:
+        return {}
+    deep = c.DeepCache(2) if subject.unet else c.Interval(2, ("blocks",), predict=c.Extrapolate(1))
+    found = {f"{label(deep)} + UncondReuse(4)": ours(deep, c.UncondReuse(interval=4))}
+    return found | {f"{k} + UncondReuse(2)": ours(p, c.UncondReuse(interval=2)) for k, p in plans(subject).items()}
+
+
 def arms(subject: Any) -> dict[str, Peer]:
     """All arms by what tables call them."""
-    files = plans(subject)
-    found = {name: ours(plan) for name, plan in files.items()}
-    found |= {
-        f"{name} + UncondReuse(2)": ours(plan, UncondReuse(2)) for name, plan in files.items() if subject.guidance != 1
-    }
+    found = {name: ours(plan) for name, plan in plans(subject).items()} | together(subject)
     for method in methods(subject.unet):
-        if subject.guidance != 1 or not isinstance(method, GuidanceWindow | CFGCache):
+        if subject.guidance != 1 or not isinstance(method, caching.GuidanceWindow | caching.CFGCache):
             found[label(method)] = ours(method)
     return found | fitted(subject) | of_others(subject)
 

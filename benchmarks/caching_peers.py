@@ -97,13 +97,15 @@ def cache_dit(threshold: float, front: int = 1, back: int = 0, warmup: int = 1, 
                 num_inference_steps=steps,
             )
             seer = None if taylor is None else package.TaylorSeerCalibratorConfig(taylorseer_order=taylor)
-            call = type(pipe).__call__
-            package.enable_cache(pipe, cache_config=config, calibrator_config=seer)
+            where = pipe if hasattr(pipe, "components") else pipe.transformer
+            kind, call = type(pipe), type(pipe).__dict__.get("__call__")
+            package.enable_cache(where, cache_config=config, calibrator_config=seer)
             try:
                 yield lambda: None  # its patched pipeline starts anew with every call
             finally:
-                package.disable_cache(pipe)
-                type(pipe).__call__ = call
+                package.disable_cache(where)
+                if call is not None:  # it patches the class, for all pipelines of it
+                    kind.__call__ = call
 
     return peer
 

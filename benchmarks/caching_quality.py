@@ -1,6 +1,6 @@
 """What caches cost in quality: every method here and its peers on the same model, scheduler, prompts and seeds.
 
-    python benchmarks/caching_quality.py [--model NAME ...] [--steps 20] [--seeds 16] [--only WORD] [--fid 1000]
+    python benchmarks/caching_quality.py [--model NAME ...] [--steps 20] [--seeds 16] [--only WORD ...] [--fid 1000]
     python benchmarks/caching_quality.py --calibrate 0.5 [--model NAME ...] [--steps 20] [--at SITE ...]
 
 An arm draws the images of --seeds seeds with DPM-Solver++ 2M and guidance 2 (none for the pixel model). Its MACs are those of
@@ -107,12 +107,12 @@ def cell(subject: Subject, name: str, arm: Peer) -> dict[str, Any]:
     }
 
 
-def measured(subject: Subject, only: str, again: bool) -> list[dict[str, Any]]:
+def measured(subject: Subject, only: Sequence[str], again: bool) -> list[dict[str, Any]]:
     """Every arm's cell, those of earlier runs from their files."""
     found = []
     for name, arm in arms(subject).items():
         path = subject.work / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{subject.seeds}.json"
-        if (again or not path.exists()) and only in name:
+        if (again or not path.exists()) and any(word in name for word in only):
             entry = cell(subject, name, arm)
             write_bytes(path, json.dumps(entry).encode())
             print(json.dumps(entry), flush=True)
@@ -194,17 +194,16 @@ def fid_rise(cached: np.ndarray[Any, Any], uncached: np.ndarray[Any, Any], block
 
 
 def contenders(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Our calibrated plan at half the MACs, and of every peer the cheapest setting with at least its MACs, or the dearest."""
+    """Our calibrated plan at half the MACs, and of every peer the setting whose MACs are nearest, the better one of equals."""
     done = {e["arm"]: e for e in entries if "macs" in e}
-    plan = next((name for name in done if name == PLAN), None)
-    if plan is None:
+    if PLAN not in done:
         return []
-    chosen = [plan]
-    for family in ("DeepCache 0.1.1", "diffusers FirstBlockCache", "diffusers TaylorSeer", "cache-dit DBCache"):
-        own = sorted((e for e in done.values() if e["arm"].startswith(family)), key=lambda e: e["macs"])
-        above = [e for e in own if e["macs"] >= done[plan]["macs"] - 1e-3]
+    chosen = [PLAN]
+    for family in ("DeepCache 0.1.1", "diffusers TaylorSeer", "diffusers FirstBlockCache"):
+        own = [e for name, e in done.items() if name.startswith(family)]
         if own:
-            chosen.append((above or own[-1:])[0]["arm"])
+            off = [(abs(e["macs"] - done[PLAN]["macs"]), e["latent_rms"]) for e in own]
+            chosen.append(own[off.index(min(off))]["arm"])
     return chosen
 
 
@@ -230,7 +229,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--seeds", type=int, default=16, help="even (%(default)s)")
     parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--only", default="", help="arms whose name has this")
+    parser.add_argument("--only", nargs="*", default=[""], help="arms whose name has one of these")
     parser.add_argument("--again", action="store_true", help="also those that are measured")
     parser.add_argument("--fid", type=int, default=0, help=f"images of the main contenders, a multiple of {CHUNK}")
     parser.add_argument("--calibrate", type=float, help="make the plan of this share of the MACs instead")

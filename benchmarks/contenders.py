@@ -125,6 +125,13 @@ THEIRS_FLOW = Side(
     },
     first=(*_SHIFTS, "shift 1", "shift 2", "karras", "exponential", "beta"),
     options=_THEIR_OPTIONS,
+    known=(
+        (
+            "diffusers:FlowMatchEulerDiscreteScheduler", "diffusers:FlowMatchHeunDiscreteScheduler",
+            *(f"{spec[:-1]}, {AS_FLOW})" for spec in _MULTISTEP[:6]),
+        ),
+        ("flow_shift 0.5", "flow_shift 1", "flow_shift 1.5", "flow_shift 2", "shift 2", "karras", "exponential", "beta"),
+    ),
 )  # fmt: skip
 
 # -- ours --------------------------------------------------------------------------------------------------------------
@@ -162,9 +169,14 @@ _OUR_OPTIONS: tuple[Options, ...] = (
     *({"beta": beta} for beta in (0.8, 0.95, 1.05)), {"statistics": [0.95, 0.0, 0.0]},
     *({"statistics": [1.0, s, 0.0]} for s in (0.1, -0.1, -0.2)), {"placing": "lambda"},
 )  # fmt: skip
+_USUAL = (
+    "DPMSolver(solver_order=2)", "DPMSolver(solver_order=3)", "UniPC(solver_order=2)", "UniPC(solver_order=3)", "IPNDM",
+    "IPNDM(solver_order=3, weights='equal')", "DEIS(solver_order=3, solver_type='t', final_sigmas_type='zero')",
+)  # fmt: skip
 OURS = Side(
-    _OURS, _OUR_GRIDS, ("trailing", "karras", "exponential", "exponential(low=0.1)", "karras(rho=3)"), _OUR_OPTIONS
-)
+    _OURS, _OUR_GRIDS, ("trailing", "karras", "exponential", "exponential(low=0.1)", "karras(rho=3)"), _OUR_OPTIONS,
+    known=(_USUAL, ("linspace", "trailing", "exponential(low=0.1)")),
+)  # fmt: skip
 OURS_FLOW = Side(
     solvers=(
         *_OURS, *(f"Flow(solver_order={p})" for p in (2, 3, 4)), "Flow(method='adams_equal', solver_order=2)",
@@ -184,6 +196,13 @@ OURS_FLOW = Side(
     },
     first=("trailing, flow_shift 1", "trailing, flow_shift 2", "beta", "karras(rho=2, low=0.05)"),
     options=_OUR_OPTIONS,
+    known=(
+        (
+            *_USUAL[:6], "EMS(final_sigmas_type='zero')", *(f"Flow(solver_order={p})" for p in (2, 3, 4)),
+            "Flow(method='flowturbo')",
+        ),
+        ("trailing, flow_shift 1", "beta", "beta(a=0.8, b=0.8)", "beta(a=0.8, b=0.8, low=0.05)"),
+    ),
 )  # fmt: skip
 
 _PREFIXES = ("free:", "shifted:")

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from fewstep.caching.methods.fast_attention import search_attention as search_attention
     from fewstep.caching.methods.first_block import DBCache as DBCache
     from fewstep.caching.methods.first_block import FirstBlockCache as FirstBlockCache
-    from fewstep.caching.methods.interval import DeltaDiT as DeltaDiT
     from fewstep.caching.methods.interval import FORA as FORA
+    from fewstep.caching.methods.interval import DeltaDiT as DeltaDiT
     from fewstep.caching.methods.interval import Interval as Interval
     from fewstep.caching.methods.magcache import MagCache as MagCache
     from fewstep.caching.methods.merging import FrameMerging as FrameMerging

@@ -64,6 +64,10 @@ class Clock:
         tick = self._by_value(stream, timestep)
         return Tick(tick.step, tick.fresh, total)
 
+    def called(self, stream: str) -> bool:
+        """Whether the stream called at the present step."""
+        return stream in self._seen
+
     def _passed(self, stream: str, position: int) -> bool:
         """Whether the stream was at or beyond the position: a run comes by only once."""
         return position < self._step or (position == self._step and stream in self._seen)
@@ -99,7 +103,7 @@ def _element(timestep: Any) -> tuple[Tensor, int, int] | None:
     length = timestep.untyped_storage().nbytes() // timestep.element_size()
     if length < 2:
         return None
-    return timestep.as_strided((length,), (1,), 0), timestep.storage_offset(), length
+    return timestep.as_strided((length,), (1,), 0), int(timestep.storage_offset()), length
 
 
 def _later(timestep: Any, last: Any) -> bool:

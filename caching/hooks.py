@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 NAME = "fewstep_cache"
@@ -28,7 +28,7 @@ class Chain:
         return self.reference.post_forward(self.module, self.reference.forward(*args, **kwargs))
 
 
-class Registry(HookRegistry):  # type: ignore[misc]
+class Registry(HookRegistry):
     """diffusers' registry, with forwards that survive ``copy.deepcopy`` and ``pickle``."""
 
     def register_hook(self, hook: ModelHook, name: str) -> None:
@@ -39,10 +39,22 @@ class Registry(HookRegistry):  # type: ignore[misc]
 
 def registry_of(module: nn.Module) -> HookRegistry:
     """The module's registry; ours where it had none."""
-    if not hasattr(module, "_diffusers_hook"):
-        module._diffusers_hook = Registry(module)  # type: ignore[assignment]
-    found: HookRegistry = module._diffusers_hook  # type: ignore[assignment]
+    found: HookRegistry = vars(module).get("_diffusers_hook") or Registry(module)
+    vars(module)["_diffusers_hook"] = found
     return found
+
+
+class Around(ModelHook):
+    """Base of hooks that stand around a module's forward and decide whether it is called."""
+
+    fn_ref: Any
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.run(module, self.fn_ref.original_forward, args, kwargs)
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module's call, by way of ``forward``, or what stands for it."""
+        raise NotImplementedError
 
 
 class CompiledCall:
@@ -59,7 +71,7 @@ def install(module: nn.Module, hook: Any, name: str = NAME) -> None:
     """Put a hook, which has ``run(module, forward, args, kwargs)``, around a module's forward."""
     compiled = getattr(module, "_compiled_call_impl", None)
     if compiled is not None:
-        module._compiled_call_impl = CompiledCall(module, hook, compiled)  # type: ignore[assignment]
+        module._compiled_call_impl = CompiledCall(module, hook, compiled)
     else:
         registry_of(module).register_hook(hook, name)
 
@@ -68,7 +80,7 @@ def uninstall(module: nn.Module, name: str = NAME) -> None:
     """Take a hook away and leave the module as it was: no attribute stays that was not there."""
     compiled = getattr(module, "_compiled_call_impl", None)
     if isinstance(compiled, CompiledCall):
-        module._compiled_call_impl = compiled.compiled  # type: ignore[assignment]
+        module._compiled_call_impl = compiled.compiled
         return
     registry = vars(module).get("_diffusers_hook")
     if registry is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -125,8 +125,11 @@ class Method:
         return Planned(self.compile(family, steps))
 
     def describe(self) -> str:
-        """How it would be written."""
-        return repr(self)
+        """How it would be written: its knob, and what differs from the defaults."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {f.name: f.default if f.default is not MISSING else None for f in fields(self)}
+        shown = [f"{k}={v!r}" for k, v in given.items() if k == self.knob or v != plain[k]]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def steps_table(computed: Sequence[bool], sites: int) -> Actions:

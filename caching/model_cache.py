@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers.hooks import ModelHook
-from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from fewstep.caching.actions import Action
 from fewstep.caching.clock import Clock
 from fewstep.caching.families import Family, Site, family_of
-from fewstep.caching.hooks import NAME, install, installed, keep_outside, uninstall
+from fewstep.caching.hooks import NAME, Around, install, installed, keep_outside, uninstall
 from fewstep.caching.method import Decider, Entry, Method, Planned
 from fewstep.caching.plan import CachePlan
 from fewstep.caching.predictors import Predictor
@@ -24,7 +23,7 @@ from fewstep.caching.roles import Fit, Moment, Role, Scene, first_tensor
 from fewstep.caching.rows import Rows
 from fewstep.caching.store import Cell
 from fewstep.caching.streams import Streams, layout
-from fewstep.errors import FewstepError, PlanError
+from fewstep.errors import FewstepError
 
 PROBE = "fewstep_cache_probe"
 AROUND = "fewstep_cache_around"
@@ -92,6 +91,12 @@ class Stream:
         if cut is None or not newer:
             cut = self.cut[index] = whole.mapped(rows.of)
         return cut
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; what is but a view of a whole value is not counted twice."""
+        own = [cut for index, cut in self.cut.items() if cut.newest > self.cells[index].newest]
+        return sum(cell.nbytes for cell in (*self.cells, *own))
 
     def half(self, rows: Rows, layout: Any) -> Stream:
         """The stream of a part of the batch, from now on alone."""
@@ -312,8 +317,8 @@ class ModelCache:
         total = self.steps or tick.total
         kind = layout([self.family.sample(arguments)])
         stream = self._by_name.get(name)
-        if stream is None and (part := self._streams.part(conditioning)) and part[0] in self._by_name:
-            stream = self._by_name[name] = self._by_name[part[0]].half(part[1], kind)  # guidance was ended
+        if stream is None and (ended := self._ended(conditioning)):
+            stream = self._by_name[name] = ended[0].half(ended[1], kind)
         elif stream is None:
             deciders = [layer.decider(self.family, total, self._times(total)) for layer in self.layers]
             predictors = [layer.predictor(decider) for layer, decider in zip(self.layers, deciders, strict=True)]
@@ -321,6 +326,13 @@ class ModelCache:
         elif stream.layout != kind:  # another batch or size: nothing that is kept fits
             stream.cells, stream.layout, stream.cut = self._cells(stream.predictors), kind, {}
         return Call(stream, name, tick.step, total, Scene(name, self.family.sample(arguments), None, self._shared))
+
+    def _ended(self, conditioning: tuple[Tensor, ...]) -> tuple[Stream, Rows] | None:
+        """A guided stream that calls no more, and the half of its batch that goes on with this conditioning."""
+        part = self._streams.part(conditioning)
+        if part is None or part[0] not in self._by_name or self._clock.called(part[0]):
+            return None
+        return self._by_name[part[0]], part[1]
 
     def _times(self, total: int | None) -> tuple[float, ...] | None:
         """The scheduler's timesteps on the host, where they are the trajectory's and a method asks for them."""
@@ -375,8 +387,7 @@ class ModelCache:
             return
         for index, action in self.call.actions.items():
             self.log[self.call.step, index, int(action)] += 1
-        held = sum(c.nbytes for s in self._by_name.values() for c in (*s.cells, *s.cut.values()))
-        self.peak_bytes = max(self.peak_bytes, held)
+        self.peak_bytes = max(self.peak_bytes, sum(stream.nbytes for stream in self._by_name.values()))
 
 
 def _step_index(scheduler: Any) -> int | None:
@@ -388,7 +399,7 @@ def _step_index(scheduler: Any) -> int | None:
     return index if isinstance(index, int) else None
 
 
-class RootHook(ModelHook):
+class RootHook(Around):
     """Around the network: opens and closes a call. Pipelines' cache contexts reach it through ``context``."""
 
     _is_stateful = True
@@ -396,10 +407,7 @@ class RootHook(ModelHook):
     def __init__(self, cache: ModelCache) -> None:
         super().__init__()
         self.cache = cache
-        self.context = StateManager(None)
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.run(module, self.fn_ref.original_forward, args, kwargs)
+        self.context = StateManager(BaseState())
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call, through the cache."""
@@ -411,30 +419,24 @@ class RootHook(ModelHook):
         return module
 
 
-class SiteHook(ModelHook):
+class SiteHook(Around):
     """Around a module of a site."""
 
     def __init__(self, cache: ModelCache, index: int, role: Role) -> None:
         super().__init__()
         self.cache, self.index, self.role = cache, index, role
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.run(module, self.fn_ref.original_forward, args, kwargs)
-
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The module's call, or what stands for it."""
         return self.cache.at_site(self.index, self.role, module, forward, args, kwargs)
 
 
-class ProbeHook(ModelHook):
+class ProbeHook(Around):
     """Records what goes into a module, or comes out of it, for online decisions."""
 
     def __init__(self, cache: ModelCache, name: str, end: str) -> None:
         super().__init__()
         self.cache, self.name, self.end = cache, name, end
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.run(module, self.fn_ref.original_forward, args, kwargs)
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The module's call, its input or output remembered."""

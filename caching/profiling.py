@@ -71,15 +71,12 @@ def profiled(runs: Runs, method: Method) -> CachePlan:
             return method.compile(cache.family, runs.steps)
         for begin in range(0, len(runs), runs.batch):
             runs.batch_latents(begin)
-    counts = np.zeros((runs.steps, len(cache.sites), len(Action)), dtype=np.int64)
-    for (step, site, action), times in cache.log.items():
-        if step >= runs.steps:
-            raise FewstepError(
-                f"the network was called at position {step} of {runs.steps} steps; the scheduler calls it more than once a step"
-            )
-        counts[step, site, action] += times
-    if not counts.sum():
+    if not cache.log:
         raise FewstepError(f"{method.describe()} decided nothing: the network was not called, or none of its sites")
+    positions = 1 + max(step for step, _, _ in cache.log)  # more than steps where the scheduler calls twice a step
+    counts = np.zeros((positions, len(cache.sites), len(Action)), dtype=np.int64)
+    for (step, site, action), times in cache.log.items():
+        counts[step, site, action] += times
     return CachePlan(
         tuple(site.name for site in cache.sites),
         counts.argmax(2).astype(np.int8),

@@ -236,7 +236,10 @@ class Block(Role):
         scratch["end"] = streams
         if not self.last:
             return None
-        begin, end = scratch.pop("begin"), scratch.pop("end")
+        begin, end = scratch.pop("begin", None), scratch.pop("end")
+        if begin is None:  # the model left the first block out
+            at.cell.computed = None
+            return None
         return [b - a if b is not None else None for a, b in zip(begin, end, strict=False)]
 
     def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

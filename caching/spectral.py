@@ -70,4 +70,5 @@ def _weighted(x: Tensor, low: float, high: float, site: str) -> Tensor:
     columns = torch.fft.rfftfreq(width, 1 / width, device=x.device)
     inside = rows[:, None] ** 2 + columns[None] ** 2 <= radius**2
     spectrum = torch.fft.rfft2(x.float())  # half precision has no transforms of every size
-    return torch.fft.irfft2(spectrum * torch.where(inside, low, high), s=(height, width)).to(x.dtype)
+    weighted: Tensor = torch.fft.irfft2(spectrum * torch.where(inside, low, high), s=(height, width))
+    return weighted.to(x.dtype)

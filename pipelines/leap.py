@@ -68,8 +68,8 @@ class Leap:
     def _settled(self, velocity: Tensor) -> bool:
         if self._velocity is None:
             return False
-        pair = (x.flatten(1) for x in (velocity, self._velocity))
-        cosine = float(torch.nn.functional.cosine_similarity(*pair, dim=1).min())
+        similarity = torch.nn.functional.cosine_similarity(velocity.flatten(1), self._velocity.flatten(1), dim=1)
+        cosine = float(similarity.min())
         self._stalled = 0 if cosine > self._best + self.tolerance else self._stalled + 1
         self._best = max(self._best, cosine)
         return self._stalled >= self.patience

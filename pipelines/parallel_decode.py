@@ -17,6 +17,7 @@ from fewstep.caching.rows import Rows, repeated
 from fewstep.errors import FewstepError
 from fewstep.pipelines.text_to_image import Generators, Prompts, finish, start
 
+
 @torch.no_grad()
 def generate_propagated(
     pipe: Any,

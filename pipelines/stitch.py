@@ -73,4 +73,6 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
     for key in ("in_channels", "out_channels", "prediction_type"):
         values = {getattr(getattr(model, "config", None), key, None) for model in models}
         if len(values) > 1:
-            raise FewstepError(f"the models differ in {key}: {sorted(map(str, values))}; stitched ones share a latent space")
+            raise FewstepError(
+                f"the models differ in {key}: {sorted(map(str, values))}; stitched ones share a latent space"
+            )

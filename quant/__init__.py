@@ -10,6 +10,7 @@ assert __name__.startswith("fewstep."), "import fewstep.quant instead"
 if TYPE_CHECKING:
     from fewstep.quant import kernels as kernels
     from fewstep.quant.allocation.allocate import allocate_bits as allocate_bits
+    from fewstep.quant.allocation.allocate import fewest_bits as fewest_bits
     from fewstep.quant.apply import dequantize_ as dequantize_
     from fewstep.quant.apply import plan_of as plan_of
     from fewstep.quant.apply import quantize_ as quantize_
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from fewstep.quant.layer_plan import LayerPlan as LayerPlan
     from fewstep.quant.layers import QuantConv2d as QuantConv2d
     from fewstep.quant.layers import QuantLinear as QuantLinear
+    from fewstep.quant.lora import add_lora_ as add_lora_
+    from fewstep.quant.lora import remove_lora_ as remove_lora_
+    from fewstep.quant.methods.adaquant import AdaQuant as AdaQuant
+    from fewstep.quant.methods.fpquant import FPQuant as FPQuant
     from fewstep.quant.methods.mixdq import MixDQ as MixDQ
     from fewstep.quant.methods.mixed import MixedPrecision as MixedPrecision
     from fewstep.quant.methods.nearest import FP4 as FP4
@@ -29,22 +34,30 @@ if TYPE_CHECKING:
     from fewstep.quant.methods.nearest import Int4 as Int4
     from fewstep.quant.methods.nearest import Int8 as Int8
     from fewstep.quant.methods.svdquant import SVDQuant as SVDQuant
+    from fewstep.quant.methods.trained import BinaryDM as BinaryDM
+    from fewstep.quant.methods.trained import BitsFusion as BitsFusion
+    from fewstep.quant.methods.trained import EfficientDM as EfficientDM
+    from fewstep.quant.methods.trained import QuEST as QuEST
     from fewstep.quant.plan import QuantPlan as QuantPlan
     from fewstep.quant.report import QuantReport as QuantReport
     from fewstep.quant.storage import load_ as load_
     from fewstep.quant.storage import save as save
 
 _MODULES = {
-    "allocation.allocate": ("allocate_bits",),
+    "allocation.allocate": ("allocate_bits", "fewest_bits"),
     "apply": ("dequantize_", "plan_of", "quantize_"),
     "calibration.calls": ("Call", "record"),
     "formats": ("Format", "Quantized"),
     "layer_plan": ("LayerPlan",),
     "layers": ("QuantConv2d", "QuantLinear"),
+    "methods.adaquant": ("AdaQuant",),
+    "methods.fpquant": ("FPQuant",),
+    "lora": ("add_lora_", "remove_lora_"),
     "methods.mixdq": ("MixDQ",),
     "methods.mixed": ("MixedPrecision",),
     "methods.nearest": ("Binary", "FP4", "FP8", "Int4", "Int8", "W4A8"),
     "methods.svdquant": ("SVDQuant",),
+    "methods.trained": ("BinaryDM", "BitsFusion", "EfficientDM", "QuEST"),
     "plan": ("QuantPlan",),
     "report": ("QuantReport",),
     "storage": ("load_", "save"),
@@ -55,27 +68,36 @@ __all__ = [
     "FP4",
     "FP8",
     "W4A8",
+    "AdaQuant",
     "Binary",
+    "BinaryDM",
+    "BitsFusion",
     "Call",
+    "EfficientDM",
+    "FPQuant",
     "Format",
     "Int4",
     "Int8",
     "LayerPlan",
     "MixDQ",
     "MixedPrecision",
+    "QuEST",
     "QuantConv2d",
     "QuantLinear",
     "QuantPlan",
     "QuantReport",
     "Quantized",
     "SVDQuant",
+    "add_lora_",
     "allocate_bits",
     "dequantize_",
+    "fewest_bits",
     "kernels",
     "load_",
     "plan_of",
     "quantize_",
     "record",
+    "remove_lora_",
     "save",
 ]
 

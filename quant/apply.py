@@ -253,8 +253,11 @@ def _noise(floats: Mapping[str, nn.Module], quantized: Mapping[str, nn.Module]) 
     """Signal to noise ratio of each weight, in dB."""
     found = {}
     for name, layer in quantized.items():
-        weight = floats[name].weight.detach().float()  # type: ignore[union-attr, operator]
-        noise = float((layer.weight.float() - weight).square().sum())  # type: ignore[union-attr, operator]
+        weight, got = (one.weight for one in (floats[name], layer))
+        assert isinstance(weight, Tensor)
+        assert isinstance(got, Tensor)
+        weight = weight.detach().float()
+        noise = float((got.float() - weight).square().sum())
         signal = float(weight.square().sum())
         found[name] = 10 * math.log10(signal / noise) if noise and signal else math.inf
     return found

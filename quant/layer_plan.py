@@ -44,7 +44,9 @@ class LayerPlan:
         if self.rank < 0:
             raise PlanError(f"rank is {self.rank}; give 0 or more")
         if self.activation is None and (self.static or self.shift or self.smooth):
-            raise PlanError("static, shift and smooth change how activations are quantised; this plan leaves them as they are")
+            raise PlanError(
+                "static, shift and smooth change how activations are quantised; this plan leaves them as they are"
+            )
         if any(b <= a for a, b in zip((0, *self.splits), self.splits, strict=False)):
             raise PlanError(f"splits are {self.splits}; give ascending channel numbers above 0")
 

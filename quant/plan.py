@@ -181,7 +181,9 @@ class QuantPlan:
     def from_json(cls, body: Mapping[str, Any]) -> QuantPlan:
         """Read :meth:`to_json`; PlanError where something is missing or malformed."""
         if set(body) != set(KEYS):
-            raise PlanError(f"a plan has the keys {', '.join(KEYS)}; differing: {', '.join(sorted(set(body) ^ set(KEYS)))}")
+            raise PlanError(
+                f"a plan has the keys {', '.join(KEYS)}; differing: {', '.join(sorted(set(body) ^ set(KEYS)))}"
+            )
         try:
             layers = {str(name): LayerPlan.from_json(plan) for name, plan in body["layers"].items()}
             shapes = {str(name): tuple(int(size) for size in shape) for name, shape in body["shapes"].items()}
@@ -225,7 +227,9 @@ def make_plan(
     decided = {site.name: decide(site) for site in found}
     layers = {name: plan for name, plan in decided.items() if isinstance(plan, LayerPlan)}
     if not layers:
-        raise PlanError(f"{type(model).__name__} has no layer that {method} would quantise; it has {len(found)} float layers")
+        raise PlanError(
+            f"{type(model).__name__} has no layer that {method} would quantise; it has {len(found)} float layers"
+        )
     weights = {id(site.module.weight) for site in found}
     other = sum(p.numel() for n, p in model.named_parameters() if id(p) not in weights and "lora_" not in n)
     return QuantPlan(

@@ -5,17 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.eval import fingerprint
 from fewstep.quant.layers.base import QuantLayer
-from fewstep.quant.layers.build import FLOAT_LAYERS
 from fewstep.quant.layers.split import QuantSplit
 
-Role = Literal["edge", "embedding", "modulation", "attention", "cross", "feedforward", "shortcut", "convolution", "projection"]
+Role = Literal[
+    "edge", "embedding", "modulation", "attention", "cross", "feedforward", "shortcut", "convolution", "projection"
+]
 
-_EDGES = ("conv_in", "conv_out", "proj_out", "proj_out_1", "proj_out_2", "x_embedder", "context_embedder", "pos_embed", "norm_out")
+_EDGES = (
+    "conv_in",
+    "conv_out",
+    "proj_out",
+    "proj_out_1",
+    "proj_out_2",
+    "x_embedder",
+    "context_embedder",
+    "pos_embed",
+    "norm_out",
+)
 """First and last layers, where they stand at the top of a model. They see and make the sample itself."""
 _EMBEDDINGS = (
     "time_embedding", "time_emb_proj", "time_embed", "time_proj", "time_text_embed", "timestep_embedder", "add_embedding",
@@ -31,13 +42,18 @@ class Site:
 
     name: str
     path: str
-    module: nn.Module
+    module: nn.Linear | nn.Conv2d
     role: Role
+
+    @property
+    def weight(self) -> Tensor:
+        """As it is, without gradient."""
+        return self.module.weight.detach()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        return tuple(self.module.weight.shape)  # type: ignore[union-attr, arg-type]
+        return tuple(self.module.weight.shape)
 
     @property
     def rows(self) -> int:
@@ -101,7 +117,7 @@ def sites(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         if isinstance(module, QuantLayer | QuantSplit):
             inside.append(path + ".")
-        elif isinstance(module, FLOAT_LAYERS) and "lora_" not in path and not path.startswith(tuple(inside)):
+        elif isinstance(module, nn.Linear | nn.Conv2d) and "lora_" not in path and not path.startswith(tuple(inside)):
             name = canonical(path)
             found.append(Site(name, path, module, role_of(name, isinstance(module, nn.Conv2d))))
     return found
@@ -122,5 +138,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def architecture(model: nn.Module) -> str:
     """Fingerprint of a float model's class, and of the names and shapes of its parameters; LoRA's are not in it."""
-    shapes = sorted([canonical(name), list(value.shape)] for name, value in model.named_parameters() if "lora_" not in name)
+    shapes = sorted(
+        [canonical(name), list(value.shape)] for name, value in model.named_parameters() if "lora_" not in name
+    )
     return fingerprint.of_json([type(model).__name__, shapes])[: fingerprint.SHORT]

@@ -38,6 +38,8 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     record: Record | None = getattr(model, RECORD, None)
     if record is None:
         raise FewstepError(f"{type(model).__name__} is not quantised; quantize_ it first, or save it as diffusers does")
+    if any(getattr(layer, "added", 0) for layer in quantized_layers(model).values()):
+        raise FewstepError("adapters were added to the branches; remove_lora_ first, and keep them in their own file")
     tensors, dtypes = {}, {}
     for name, value in _tensors(model):
         kept = narrowest(value.detach().cpu())
@@ -97,7 +99,9 @@ def load_(module: nn.Module, folder: str | Path, *, backend: str = "auto") -> Qu
         raise ArtifactError(f"{path} and this {type(model).__name__} differ in {min(differing)}")
     for key, value in rest.items():
         if value.shape != places[key].shape:
-            raise ArtifactError(f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(places[key].shape)}")
+            raise ArtifactError(
+                f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(places[key].shape)}"
+            )
     _swap(model, layers)
     _assign(model, rest)
     setattr(model, RECORD, Record(plan, {}))
@@ -150,7 +154,9 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         else:
             assert before is not None
             here = value if before.is_meta else value.to(before.device)
-            holder._parameters[last] = nn.Parameter(here, requires_grad=before.requires_grad and value.is_floating_point())
+            holder._parameters[last] = nn.Parameter(
+                here, requires_grad=before.requires_grad and value.is_floating_point()
+            )
 
 
 def narrowest(value: Tensor) -> Tensor:

@@ -111,8 +111,12 @@ def __getattr__(name: str) -> object:
         from fewstep.samplers import schedulers
 
         return getattr(schedulers, name)
+    if name == "learn":
+        import importlib
+
+        return importlib.import_module("fewstep.samplers.learn")
     raise AttributeError(f"module 'fewstep.samplers' has no attribute {name!r}; it has {', '.join(__dir__())}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*(name for name in globals() if not name.startswith("_")), *_SCHEDULERS])
+    return sorted({*(name for name in globals() if not name.startswith("_")), *_SCHEDULERS, "learn"})

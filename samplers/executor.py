@@ -17,7 +17,8 @@ from torch import Tensor
 from fewstep.errors import FewstepError, PlanError
 from fewstep.samplers.brownian import NoiseSource
 from fewstep.samplers.convert import Hook, Update, constant_share, conversion
-from fewstep.samplers.generators import Generators, one_each
+from fewstep.samplers.generators import Generators as Generators
+from fewstep.samplers.generators import one_each
 from fewstep.samplers.plan import SolverPlan
 from fewstep.samplers.scalar import Scalar
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.samplers.executor import Generators, sample
+from fewstep.samplers.executor import sample
+from fewstep.samplers.generators import Generators
 from fewstep.samplers.plan import SolverPlan
 from fewstep.samplers.schedule import NoiseSchedule, f64
 

@@ -25,7 +25,11 @@ def site_names(model):
     family = family_of(model)
     kinds = ("attention", "cross_attention", "feed_forward", "fused")
     branches = [branches[-1] for kind in kinds if (branches := family.branches(kind))]
-    whole = ["encoder", "branch.0", "branch.1"] if hasattr(model, "down_blocks") else ["blocks", "blocks[1:]", "blocks[:-1]"]
+    whole = (
+        ["encoder", "branch.0", "branch.1"]
+        if hasattr(model, "down_blocks")
+        else ["blocks", "blocks[1:]", "blocks[:-1]"]
+    )
     return ["output", *whole, *branches]
 
 
@@ -184,7 +188,11 @@ def test_two_networks_of_a_class_do_not_share(tiny):
 def test_a_call_that_fails_leaves_nothing_to_reuse(tiny):
     model = tiny.model()
     streams, times = [tiny.conditioning()], timesteps()
-    last = dict(model.named_modules())[family_of(model).branches("feed_forward")[-1]] if tiny.name != "unet2d" else model.conv_out
+    last = (
+        dict(model.named_modules())[family_of(model).branches("feed_forward")[-1]]
+        if tiny.name != "unet2d"
+        else model.conv_out
+    )
     for site in site_names(model)[1::3]:
         with caching.applied(model, plan_of(site, "CCCR")):
             good = trajectory(tiny, model, streams, times)

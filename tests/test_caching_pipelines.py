@@ -170,14 +170,18 @@ def test_offloaded_weights(name, sequential):
 
     tiny = TINY[name]
     model, streams = tiny.model(), [tiny.conditioning()]
-    methods = [caching.DeepCache(2)] if name == "sd" else [caching.TaylorSeer(2, first_enhance=1), caching.FirstBlockCache(0.5)]
+    methods = (
+        [caching.DeepCache(2)]
+        if name == "sd"
+        else [caching.TaylorSeer(2, first_enhance=1), caching.FirstBlockCache(0.5)]
+    )
     for method in (*methods, caching.TeaCache(5.0, (1.0, 0.0), "time")):
         with caching.applied(model, method, num_inference_steps=4):
             expected = trajectory(tiny, model, streams)
         if sequential:
             cpu_offload(model, execution_device=torch.device("cpu"))
         else:
-            _, hook = cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+            cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
         with caching.applied(model, method, num_inference_steps=4) as controller:
             found = trajectory(tiny, model, streams)
             assert controller.report().hit_rate > 0, method

@@ -48,7 +48,13 @@ def guided(tiny, model, conditioning, steps=4, first=None, rows=None, seen=None)
 
 
 def cut(value, rows):
-    return {k: cut(v, rows) for k, v in value.items()} if isinstance(value, dict) else value if value is None else value[rows]
+    return (
+        {k: cut(v, rows) for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        if value is None
+        else value[rows]
+    )
 
 
 def same(first, second):
@@ -174,6 +180,20 @@ def test_guidance_that_the_pipeline_ends_keeps_the_conditional_half():
     assert torch.allclose(ended, window, atol=1e-3 * float(window.abs().max()))
 
 
+def test_a_third_call_beside_the_guided_one_is_a_stream_of_its_own():
+    """As of skip-layer guidance: the conditional rows once more, at the same step, which is not the end of guidance."""
+    tiny = TINY["sd3"]
+    model, conditioning = tiny.model(), tiny.conditioning(4)
+    half = {k: v[2:] for k, v in conditioning.items()}
+    with caching.applied(model, caching.Interval(4, at=("blocks",))) as controller, torch.no_grad():
+        for i, t in enumerate(timesteps()):
+            x = tiny.sample(seed=i)
+            tiny.call(model, torch.cat([x, x]), t, conditioning)
+            if i >= 2:
+                tiny.call(model, x, t, half)
+    assert controller.report().forced == 1
+
+
 def test_two_calls_a_step_share_the_conditional_one():
     tiny = TINY["wan"]
     model = tiny.model()
@@ -262,7 +282,8 @@ def test_plans_of_guidance_are_saved_with_their_predictor(tmp_path):
         plan.save(tmp_path / "plan.json")
         loaded = caching.CachePlan.load(tmp_path / "plan.json")
         assert loaded.predictor == plan.predictor
-        assert (loaded.actions == plan.actions).all() and loaded.digest == plan.digest
+        assert (loaded.actions == plan.actions).all()
+        assert loaded.digest == plan.digest
     assert {a for a in plan.actions[:10, 0]} == {a for a in plan.actions[40:, 0]} == {int(caching.Action.SKIP)}
 
 
@@ -281,9 +302,8 @@ def test_a_step_without_the_unconditional_half_costs_half():
 )
 def test_calls_without_guidance_are_refused(batch, message):
     tiny, model = TINY["sd"], unet_condition()
-    with caching.applied(model, caching.UncondReuse()):
-        with pytest.raises(FewstepError, match=message), torch.no_grad():
-            tiny.call(model, tiny.sample(batch), timesteps()[0], tiny.conditioning(batch))
+    with caching.applied(model, caching.UncondReuse()), pytest.raises(FewstepError, match=message), torch.no_grad():
+        tiny.call(model, tiny.sample(batch), timesteps()[0], tiny.conditioning(batch))
     assert "forward" not in vars(model)
 
 

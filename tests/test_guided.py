@@ -35,6 +35,15 @@ def problem(request):
     return config, network, sample(network, NOISE, UniPC(order=3).compile(schedule, grid))
 
 
+def test_a_guided_mixture_is_its_parts():
+    schedule = NoiseSchedule.from_config(SD)
+    whole, part = MIXTURE.model(schedule), GaussianMixture(MIXTURE.means[:2], MIXTURE.stds[:2], MIXTURE.weights[:2])
+    part = replace(part, weights=part.weights / part.weights.sum()).model(schedule)
+    x, t = NOISE[:4], 500.0
+    for scale, expected in ((0.0, whole(x, t)), (1.0, part(x, t)), (3.0, 3 * part(x, t) - 2 * whole(x, t))):
+        assert torch.allclose(MIXTURE.guided(schedule, [0, 1], scale)(x, t), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_corrections_are_left_out_early_on_short_grids_only():
     schedule = NoiseSchedule.from_config(SD)
     for name, builder, early in (("UniPC", UniPC(), (0, 1)), ("EMS", EMS(), (0, 1, 2, 3))):

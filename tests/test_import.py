@@ -27,13 +27,16 @@ PUBLIC = {
         "TimeShift averaged_time_shift analytic_first_step scaled_noise to_zero "
         "BrownianPath ParallelResult sample_parallel FirstHitting "
         "make_scheduler parse_spec scheduler_names "
-        "NoiseSource DynamicThreshold LinearMultistep load_ratios save_ratios"
+        "NoiseSource DynamicThreshold LinearMultistep load_ratios save_ratios learn"
     ),
     "caching": (
         "UncondReuse GuidanceWindow CFGCache FasterCacheCFG FrequencyDelta FasterCacheDelta TokenMerging FrameMerging "
         "ReAttention search_attention Removal removable removal_scores prior_noise"
     ),
-    "quant": "",
+    "quant": (
+        "quantize_ dequantize_ save load_ record allocate_bits plan_of kernels QuantPlan LayerPlan QuantReport Format "
+        "Quantized QuantLinear QuantConv2d Call Int8 Int4 W4A8 FP8 FP4 Binary MixedPrecision SVDQuant MixDQ FPQuant AdaQuant"
+    ),
     "pipelines": (
         "load models edit generate_parallel guided_denoiser ParallelImages generate_propagated StitchedDenoiser Leap "
         "bottleneck Stage"
@@ -90,7 +93,7 @@ def test_public_names_resolve(room):
         getattr(module, name)
 
 
-@pytest.mark.parametrize("module", ["fewstep", "fewstep.samplers", "fewstep.pipelines", "fewstep.eval"])
+@pytest.mark.parametrize("module", ["fewstep", "fewstep.samplers", "fewstep.quant", "fewstep.pipelines", "fewstep.eval"])
 def test_an_unknown_name_is_answered_with_the_known_ones(module):
     there = importlib.import_module(module)
     with pytest.raises(AttributeError, match=f"'{module}' has no attribute 'smaplers'") as error:

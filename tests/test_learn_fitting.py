@@ -1,6 +1,7 @@
 """What learning is made of: trajectories, the run with gradients, free numbers, and three ways to improve them."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -63,7 +64,9 @@ def test_states_between_the_kept_ones_are_those_of_more_steps(problems, name):
     inner = coarse.lam[coarse.lam.isfinite()]
     for share in (0.2, 0.5, 0.83):
         lam = float(inner[0] + share * (inner[-1] - inner[0])) + 1e-3
-        assert float(rms(coarse.state_at(lam), fine.state_at(lam)).max()) < 1e-2 * float(fine.state_at(lam).square().mean().sqrt())
+        assert float(rms(coarse.state_at(lam), fine.state_at(lam)).max()) < 1e-2 * float(
+            fine.state_at(lam).square().mean().sqrt()
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,7 +179,7 @@ def test_levenberg_only_goes_down_and_ends_where_it_says(problems, name):
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.5 * before
     assert float(error(parameters.frozen(), problem).mean()) == pytest.approx(losses[-1], rel=1e-6)
-    assert all(a.calls < b.calls for a, b in zip(steps, steps[1:], strict=False))
+    assert all(a.calls < b.calls for a, b in itertools.pairwise(steps))
 
 
 def test_levenberg_finds_the_optimum_of_a_linear_problem(problems):
@@ -204,7 +207,9 @@ def test_descent_keeps_the_best_on_what_is_held_out(problems):
     parameters = Parameters(solver, schedule, grid, ("grid", "times"))
     before = float(error(parameters.frozen(), held_out).mean())
     seen = []
-    losses = descend(parameters, train, held_out, Descent(iterations=30, batch=8, relax=1e-3), report=lambda *a: seen.append(a))
+    losses = descend(
+        parameters, train, held_out, Descent(iterations=30, batch=8, relax=1e-3), report=lambda *a: seen.append(a)
+    )
     assert len(losses) == len(seen) == 30
     assert float(error(parameters.frozen(), held_out).mean()) < before
     wild = Parameters(solver, schedule, grid, ("grid", "times"))
@@ -237,7 +242,9 @@ def test_bad_problems_are_refused(problems):
     problem = problems["vp"]
     states = problem.states.clone()
     states[7, 2] = math.nan
-    with pytest.raises(FewstepError, match="1 of 12 teacher trajectories are NaN or infinite, the first that of sample 2"):
+    with pytest.raises(
+        FewstepError, match="1 of 12 teacher trajectories are NaN or infinite, the first that of sample 2"
+    ):
         dataclasses.replace(problem, states=states)
     with pytest.raises(FewstepError, match="do not describe trajectories"):
         dataclasses.replace(problem, which=problem.which[:3])

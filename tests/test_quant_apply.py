@@ -25,7 +25,8 @@ def noise(*shape, seed=0):
 
 def unet():
     return tiny_pipeline().unet, [
-        {"sample": noise(2, 4, 8, 8, seed=i), "timestep": torch.tensor(100 * i + 1), "encoder_hidden_states": noise(2, 5, 32, seed=i)}
+        {"sample": noise(2, 4, 8, 8, seed=i), "timestep": torch.tensor(100 * i + 1),
+         "encoder_hidden_states": noise(2, 5, 32, seed=i)}
         for i in range(3)
     ]  # fmt: skip
 
@@ -37,7 +38,8 @@ def unconditional():
 def dit():
     labels = torch.tensor([0, 1])
     return tiny_dit().transformer, [
-        {"hidden_states": noise(2, 4, 4, 4, seed=i), "timestep": torch.tensor([7, 7]), "class_labels": labels} for i in range(3)
+        {"hidden_states": noise(2, 4, 4, 4, seed=i), "timestep": torch.tensor([7, 7]), "class_labels": labels}
+        for i in range(3)
     ]
 
 
@@ -172,9 +174,9 @@ def test_lora_that_wraps_a_layer_stays_and_has_no_part_in_names():
     report = quant.quantize_(model, quant.Int8(), calls)
     assert report.plan.to_json() == bare.to_json()
     assert 0 < error(outputs(model, calls), wrapped) < 0.05
-    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == sum(len(v) == 2 for v in bare.shapes.values() if v) - sum(
-        len(bare.shapes[n]) == 2 for n in bare.kept
-    )
+    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == sum(
+        len(v) == 2 for v in bare.shapes.values() if v
+    ) - sum(len(bare.shapes[n]) == 2 for n in bare.kept)
     quant.dequantize_(model)
     assert same(outputs(model, calls), wrapped)
 
@@ -186,6 +188,29 @@ def test_lora_can_be_added_to_quantised_layers():
     before = outputs(model, calls)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=True))  # starts at zero
     assert same(outputs(model, calls), before)
+
+
+def test_adapters_are_columns_of_the_branch(tmp_path):
+    model, calls = unet()
+    quant.quantize_(model, quant.Int8())
+    before = outputs(model, calls)
+    names = ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"]
+    layers = [model.get_submodule(name) for name in names]
+    a = [noise(3, *layer.shape[1:], seed=i) / 10 for i, layer in enumerate(layers)]
+    b = [noise(layer.shape[0], 3, seed=9 + i) for i, layer in enumerate(layers)]
+    weights = [layer.weight.clone() for layer in layers]
+    assert quant.add_lora_(model, {n: (x, y) for n, x, y in zip(names, a, b, strict=True)}, scale=0.5) == 2
+    for layer, old, x, y in zip(layers, weights, a, b, strict=True):
+        assert torch.allclose(layer.weight, old + 0.5 * torch.einsum("nr,r...->n...", y, x), atol=1e-5)
+    assert not same(outputs(model, calls), before)
+    with pytest.raises(FewstepError, match="remove_lora_ first"):
+        quant.save(model, tmp_path)
+    assert quant.remove_lora_(model) == 2
+    assert same(outputs(model, calls), before)
+    with pytest.raises(FewstepError, match=r"A is \(3, 5\) and B \(3, 3\); rank x 16 and 16 x rank"):
+        quant.add_lora_(model, {names[0]: (torch.ones(3, 5), torch.ones(3, 3))})
+    with pytest.raises(FewstepError, match="unknown quantised layer 'conv_in'"):
+        quant.add_lora_(model, {"conv_in": (torch.ones(3, 5), torch.ones(3, 3))})
 
 
 def test_offloading_after_quantising_computes_the_same_and_before_is_refused():
@@ -221,7 +246,7 @@ def test_compiled_blocks_follow():
 
 
 def test_half_precision_keeps_its_layers_and_gives_them_back():
-    model, calls = unet()
+    model, _ = unet()
     model.half()
     weights = fingerprint.of_module(model)
     quant.quantize_(model, quant.Int8())
@@ -276,7 +301,9 @@ def test_bytes_of_a_plan_are_counted_as_stored():
     plan = quant.Int4().plan(model)
     n, k = plan.matrix("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj")
     group = plan.layers["mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"].weight.group
-    assert plan.layer_bytes("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj") == n * k // 2 + 2 * n * k // group
+    assert (
+        plan.layer_bytes("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj") == n * k // 2 + 2 * n * k // group
+    )
     assert plan.float_bytes == 2 * sum(p.numel() for p in model.parameters())
 
 
@@ -311,23 +338,33 @@ def spoiled(plan, **change):
     return plan.with_layers({name: quant.LayerPlan(**({"weight": "int4:row"} | change))})
 
 
+def bad_call(calls, sample):
+    return [calls[0] | {"sample": sample}]
+
+
+def spoil_weight(model):
+    model.mid_block.resnets[0].conv1.weight.data.fill_(float("nan"))
+    return model
+
+
+Q, INT8, INT4 = quant.quantize_, quant.Int8(), quant.Int4()
 REFUSALS = {
-    "twice": (lambda m, c: (quant.quantize_(m, quant.Int8()), quant.quantize_(m, quant.Int8())), "quantised layers already"),
-    "group": (lambda m, c: quant.quantize_(m, spoiled(quant.Int4().plan(m), weight="int4:g48")), "groups of 48, which do not divide"),
-    "rank": (lambda m, c: quant.quantize_(m, spoiled(quant.Int4().plan(m), rank=99)), "planned as"),
-    "no config": (lambda m, c: quant.quantize_(m, "int8"), "config is a str"),
-    "no network": (lambda m, c: quant.quantize_(tiny_pipeline(), quant.Int8()), "give a component, such as pipe.unet"),
-    "nan calibration": (lambda m, c: quant.quantize_(m, quant.Int8(), [c[0] | {"sample": c[0]["sample"] * float("nan")}]), "call 0: sample has NaN"),
-    "constant calibration": (lambda m, c: quant.quantize_(m, quant.Int8(), [c[0] | {"sample": torch.ones(2, 4, 8, 8)}]), "sample is constant"),
-    "empty calibration": (lambda m, c: quant.quantize_(m, quant.Int8(), []), "has no calls"),
-    "one tensor": (lambda m, c: quant.quantize_(m, quant.Int8(), torch.ones(3)), "give a list of calls"),
-    "backend": (lambda m, c: quant.quantize_(m, quant.Int4(), backend="onednn"), "backend onednn cannot compute"),
-    "unknown backend": (lambda m, c: quant.quantize_(m, quant.Int4(), backend="cudnn"), "unknown backend 'cudnn'"),
-    "role": (lambda m, c: quant.quantize_(m, quant.Int8(keep=("egde",))), "unknown role 'egde'; did you mean 'edge'"),
-    "nothing": (lambda m, c: quant.quantize_(m, quant.Int8(keep=("*",))), "no layer that Int8 would quantise"),
-    "fails late": (lambda m, c: quant.quantize_(m, Failing()), "out of memory"),
-    "nan weight": (lambda m, c: (m.mid_block.resnets[0].conv1.weight.data.fill_(float("nan")), quant.quantize_(m, quant.Int8())), "mid_block.resnets.0.conv1 has NaN"),
-}  # fmt: skip
+    "twice": (lambda m, c: (Q(m, INT8), Q(m, INT8)), "quantised layers already"),
+    "group": (lambda m, c: Q(m, spoiled(INT4.plan(m), weight="int4:g48")), "groups of 48, which do not divide"),
+    "rank": (lambda m, c: Q(m, spoiled(INT4.plan(m), rank=99)), "planned as"),
+    "no config": (lambda m, c: Q(m, "int8"), "config is a str"),
+    "no network": (lambda m, c: Q(tiny_pipeline(), INT8), r"give a component, such as pipe\.unet"),
+    "nan calibration": (lambda m, c: Q(m, INT8, bad_call(c, c[0]["sample"] * float("nan"))), "call 0: sample has NaN"),
+    "constant calibration": (lambda m, c: Q(m, INT8, bad_call(c, torch.ones(2, 4, 8, 8))), "sample is constant"),
+    "empty calibration": (lambda m, c: Q(m, INT8, []), "has no calls"),
+    "one tensor": (lambda m, c: Q(m, INT8, torch.ones(3)), "give a list of calls"),
+    "backend": (lambda m, c: Q(m, INT4, backend="onednn"), "backend onednn cannot compute"),
+    "unknown backend": (lambda m, c: Q(m, INT4, backend="cudnn"), "unknown backend 'cudnn'"),
+    "role": (lambda m, c: Q(m, quant.Int8(keep=("egde",))), "unknown role 'egde'; did you mean 'edge'"),
+    "nothing": (lambda m, c: Q(m, quant.Int8(keep=("*",))), "no layer that Int8 would quantise"),
+    "fails late": (lambda m, c: Q(m, Failing()), "out of memory"),
+    "nan weight": (lambda m, c: Q(spoil_weight(m), INT8), r"mid_block\.resnets\.0\.conv1 has NaN"),
+}
 
 
 @pytest.mark.parametrize("case", REFUSALS)
@@ -411,7 +448,9 @@ def test_gathered_inputs_are_the_layers_own_whatever_the_budget():
     model, calls = unet()
     seen = {}
     site = next(s for s in sites(model) if s.name == "mid_block.attentions.0.transformer_blocks.0.ff.net.2")
-    handle = site.module.register_forward_pre_hook(lambda m, a: seen.setdefault("x", []).append(a[0].reshape(-1, a[0].shape[-1])))
+    handle = site.module.register_forward_pre_hook(
+        lambda m, a: seen.setdefault("x", []).append(a[0].reshape(-1, a[0].shape[-1]))
+    )
     outputs(model, calls)
     handle.remove()
     everything = torch.cat(seen["x"])

@@ -16,6 +16,7 @@ from fewstep.errors import FewstepError
 from fewstep.quant.formats import Format, unpack
 from fewstep.quant.kernels import cuda
 from fewstep.quant.kernels.cuda import compiler
+from tests.memory_fixtures import guard_what_is_allocated, guarded
 
 U = 2.0**-24
 needs_compiler = pytest.mark.skipif(
@@ -108,6 +109,18 @@ def test_bitserial_products_of_any_integer_format(activation, weight):
     wanted = values[0] @ values[1].T
     size = values[0].abs() @ values[1].abs().T
     assert ((y.double() - wanted).abs() <= 3 * U * wanted.abs() + 1e-13 * size).all()
+
+
+@needs_compiler
+def test_no_kernel_leaves_its_tensors(monkeypatch):
+    """The process would die. Every element of the result is written, too: what is not stays NaN, or -1."""
+    arguments = words(70, 64), noise(70, 2), words(66, 64, seed=1), noise(66, 2), noise(66)
+    planes = [cuda.bit_planes(words(rows, 300) >> 6, 2) for rows in (70, 66)]
+    free, exact = cuda.w4a4_product(*arguments, emulate=True), cuda.plane_products(*planes, emulate=True)
+    guard_what_is_allocated(monkeypatch)
+    torch.testing.assert_close(cuda.w4a4_product(*map(guarded, arguments), emulate=True), free, rtol=0, atol=0)
+    planes = [cuda.BitPlanes(guarded(side.planes), side.columns) for side in planes]
+    assert torch.equal(cuda.plane_products(*planes, emulate=True), exact)
 
 
 def test_planes_hold_each_bit_in_its_place():

@@ -57,7 +57,9 @@ def test_a_linear_layer_is_its_formula_in_float64(weight, activation):
     assert relative(made(x), expected) < 128 * 2.0**-24
 
 
-@pytest.mark.parametrize("geometry", [{}, {"stride": 2}, {"padding": (1, 2), "dilation": (1, 2)}, {"padding_mode": "circular"}])
+@pytest.mark.parametrize(
+    "geometry", [{}, {"stride": 2}, {"padding": (1, 2), "dilation": (1, 2)}, {"padding_mode": "circular"}]
+)
 @pytest.mark.parametrize(("weight", "activation"), [f for f in FORMATS if f[0] != "e4m3:tensor"])
 def test_a_convolution_is_its_formula_in_float64(weight, activation, geometry):
     layer, x = conv(**geometry), torch.randn(3, 64, 7, 9, generator=seeded()) + 0.3
@@ -184,7 +186,11 @@ def test_a_graph_compiler_sees_through_a_layer():
 
 # -- backends ------------------------------------------------------------------------------------------------------------
 def usable():
-    return [row for row in kernels.backends() if row.usable and "any" not in (row.activation, row.weight) and row.activation != "float"]
+    return [
+        row
+        for row in kernels.backends()
+        if row.usable and "any" not in (row.activation, row.weight) and row.activation != "float"
+    ]
 
 
 @pytest.mark.parametrize("row", usable(), ids=lambda r: f"{r.backend}-{r.device}-{r.activation}-{r.weight}")

@@ -32,6 +32,7 @@ def test_numbers_in_the_interpreter():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+    assert "deselected" not in done.stdout
 
 
 def test_importing_costs_no_triton():

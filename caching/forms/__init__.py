@@ -61,7 +61,7 @@ def form_name(form: str, path: str, **options: Any) -> str:
 
 
 def _make(cls: Any, path: str, options: str, name: str) -> Role:
-    known = {f.name: type(f.default) for f in fields(cls) if f.name != "path"}
+    known: dict[str, Any] = {f.name: type(f.default) for f in fields(cls) if f.name != "path"}
     given: dict[str, Any] = {}
     for part in filter(None, options.split(",")):
         key, _, value = part.partition("=")

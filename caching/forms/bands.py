@@ -22,14 +22,15 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = N
         scale: of the scores; 1 / sqrt(D) where left out.
 
     Returns:
-        the output (B, heads, N, D) in v's dtype, and the log-sum-exp of the scores in the band, (B, heads, N) in float32 or better.
+        the output (B, heads, N, D) in v's dtype, and the log-sum-exp of the scores in the band,
+        (B, heads, N) in float32 or better.
     """
     count, scale = q.shape[2], 1 / math.sqrt(q.shape[3]) if scale is None else scale
     window = min(window, count - 1)
     block = max(16, min(window, count))
     blocks = -(-count // block)
     pad = blocks * block - count
-    qb = torch.nn.functional.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, block))
+    qb = torch.nn.functional.pad(q, (0, 0, 0, pad)).reshape(*q.shape[:2], blocks, block, -1)
     kb, vb = (
         torch.nn.functional.pad(t, (0, 0, window, window + pad)).unfold(2, block + 2 * window, block) for t in (k, v)
     )  # (B, heads, blocks, D, keys)
@@ -48,7 +49,7 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = N
 def full_logsumexp(q: Tensor, k: Tensor, scale: float | None = None, block: int = 1024) -> Tensor:
     """log-sum-exp of all scores, (B, heads, N) in float32 or better, in blocks of queries so that memory stays linear."""
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    return torch.cat([(_wide(part @ k.mT) * scale).logsumexp(-1) for part in q.split(block, 2)], 2)
+    return torch.cat([(_wide(part @ k.mT) * scale).logsumexp(-1) for part in torch.split(q, block, 2)], 2)
 
 
 def _wide(scores: Tensor) -> Tensor:

@@ -63,21 +63,22 @@ class MergedFrames(Role):
 
 def average_pairs(x: Tensor, frames: int) -> Tensor:
     """(B, F n, C) to (B, ceil(F / 2) n, C)."""
-    x = x.unflatten(1, (frames, -1))
-    pairs, alone = x[:, : frames // 2 * 2], x[:, frames // 2 * 2 :]
-    return torch.cat([pairs.unflatten(1, (-1, 2)).mean(2), alone], 1).flatten(1, 2)
+    batch, tokens, width = x.shape
+    paired = frames // 2 * 2 * (tokens // frames)
+    pairs = x[:, :paired].reshape(batch, frames // 2, 2, tokens // frames, width)
+    return torch.cat([pairs.mean(2).flatten(1, 2), x[:, paired:]], 1)
 
 
 def repeat_pairs(y: Tensor, frames: int) -> Tensor:
     """(B, ceil(F / 2) n, C) to (B, F n, C)."""
-    y = y.unflatten(1, (-(-frames // 2), -1))
-    return y.repeat_interleave(2, 1)[:, :frames].flatten(1, 2)
+    batch, tokens, width = y.shape
+    half = -(-frames // 2)
+    return y.reshape(batch, half, tokens // half, width).repeat_interleave(2, 1)[:, :frames].flatten(1, 2)
 
 
 def _first_of_pairs(table: Any, frames: int, tokens: int) -> Any:
     if not isinstance(table, Tensor) or tokens not in table.shape:
         return table
     axis = table.shape.index(tokens)
-    per_frame = table.unflatten(axis, (frames, tokens // frames))
-    every_second = per_frame[(slice(None),) * axis + (slice(None, None, 2),)]
-    return every_second.flatten(axis, axis + 1)
+    first = torch.arange(tokens, device=table.device).reshape(frames, -1)[::2].flatten()
+    return table.index_select(axis, first)

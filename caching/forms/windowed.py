@@ -96,7 +96,7 @@ class Windowed(Role):
             if rho is not None:
                 drifted = (rho + self.drift * (at.step - kept.step - 1)).clamp(max=1)
                 near = (drifted * near).to(v.dtype)
-            return near + rest
+            return torch.add(near, rest)
 
         return attend
 

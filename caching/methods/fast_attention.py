@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers.hooks import ModelHook
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +15,7 @@ from fewstep.caching.actions import Action
 from fewstep.caching.controller import applied
 from fewstep.caching.families import Family
 from fewstep.caching.forms import form_name
-from fewstep.caching.hooks import install, uninstall
+from fewstep.caching.hooks import Around, install, uninstall
 from fewstep.caching.method import Decider, Entry, Method
 from fewstep.caching.methods.windows import self_attentions
 from fewstep.caching.model_cache import ModelCache
@@ -211,13 +210,10 @@ def _same(value: Any) -> Any:
     return value
 
 
-class _BlockHook(ModelHook):  # type: ignore[misc]
+class _BlockHook(Around):
     def __init__(self, search: Search, layer: int) -> None:
         super().__init__()
         self.search, self.layer = search, layer
-
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.run(module, self.fn_ref.original_forward, args, kwargs)
 
     def run(self, module: Any, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return self.search.block(self.layer, forward, args, kwargs)

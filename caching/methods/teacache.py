@@ -87,7 +87,7 @@ def published_for(family: Family) -> str | None:
     if family.name == "CogVideoXTransformer3DModel":
         return "cogvideox-5b" if config.get("use_rotary_positional_embeddings") else "cogvideox-2b"
     if family.name == "WanTransformer3DModel" and config.get("image_dim") is None:
-        return {12: "wan2.1-t2v-1.3b", 40: "wan2.1-t2v-14b"}.get(config.get("num_attention_heads"))
+        return {12: "wan2.1-t2v-1.3b", 40: "wan2.1-t2v-14b"}.get(int(config["num_attention_heads"]))
     return None
 
 

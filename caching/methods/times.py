@@ -38,7 +38,7 @@ class TimedMethod(Method):
             FewstepError: where other ones were given.
         """
         if self.timesteps is None:
-            return 1000 - np.arange(steps) * (1000 / steps) - 1
+            return 999 - np.arange(steps, dtype=np.float64) * (1000 / steps)
         if len(self.timesteps) != steps:
             raise FewstepError(f"{len(self.timesteps)} timesteps are given for {steps} steps; give one a step")
         return np.array(self.timesteps, dtype=np.float64)

@@ -130,6 +130,7 @@ def _scores(setting: Setting, cell: Cell, store: CellStore, made: list[_Made]) -
         "metrics": jsonable(metrics),
         "warnings": [*measured.warnings, *(pairs.warnings if pairs else ())],
     }
+    store.sync(setting.batches(cell))
     store.write_scores(seeds, key, scores, _samples(setting, seeds, hashes, single))
     return scores
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,20 @@ class CellStore:
             return None
 
     def write(self, chunk: Chunk) -> None:
-        """Write one chunk, atomically."""
+        """Write one chunk, atomically; it survives a power cut once :meth:`sync` was called."""
         record = fingerprint.canonical_json(chunk.record)
         metadata = {"key": self.key, "record": record, "sha256": chunk.sha256}
         path = self._path(chunk.first, chunk.last)
         tensors = {"images": chunk.images} | ({} if chunk.latents is None else {"latents": chunk.latents})
         packed = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
-        artifact.write_bytes(path, packed)
+        artifact.write_bytes(path, packed, durable=False)  # its checksum tells what a power cut left of it
+
+    def sync(self, batches: Iterable[range]) -> None:
+        """Wait until the chunks of these seeds are on the disk. Once a cell: waiting after each costs more than drawing small ones."""
+        for seeds in batches:
+            artifact.sync(self._path(seeds[0], seeds[-1]))
+        if os.name == "posix":
+            artifact.sync(self.folder)
 
     def fetch(self, first: int, last: int) -> Chunk | None:
         """The chunk of these seeds; None where it must be made (again), a damaged file being set aside."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ class Sweep:
 
         return read(path)
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Source, ...]:
         """The models, none of them loaded."""
         return make_sources(self.model)
@@ -147,7 +148,7 @@ class Sweep:
         one = isinstance(self.guidance, int | float) or self.guidance is None
         return (self.guidance,) if one else tuple(self.guidance)  # type: ignore[arg-type,return-value]
 
-    @property
+    @cached_property
     def transforms(self) -> dict[str, dict[str, Transform]]:
         """The values of the ``cache`` and ``quant`` axes by name."""
         made = {}
@@ -167,7 +168,7 @@ class Sweep:
         """The seeds of the first block."""
         return range(self.seed, self.seed + self.samples_drawn)
 
-    @property
+    @cached_property
     def cells(self) -> tuple[Cell, ...]:
         """All cells that are not excluded, model by model, scheduler by scheduler; a reference before those it is of."""
         values = self.axes
@@ -184,12 +185,12 @@ class Sweep:
         arm = self.arm
         return kept if arm is None else tuple(dict.fromkeys(one for cell in kept for one in (arm.of(cell), cell)))
 
-    @property
+    @cached_property
     def arm(self) -> ReferenceArm | None:
         """The reference arm, where fidelity is asked for."""
         return make_arm(self.fidelity)
 
-    @property
+    @cached_property
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """What is on every axis."""
         transforms = self.transforms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -61,28 +62,104 @@ def allocate_bits(
 
     Sources: MixDQ, 2405.17873; HAWQ-V2, 1911.03852; HAWQ-V3, 2011.10680; BAQ, 2506.05664.
     """
-    for what, value, known in (("sensitivity", sensitivity, ("measured", "hawq")), ("solver", solver, ("milp", "baq"))):
-        if value not in known:
-            raise FewstepError(unknown(what, value, known))
-    model = unwrapped(module)
-    check_untouched(model)
+    calls = _calls(calibration)
+    found = _table(unwrapped(module), calls, choices, sensitivity, keep, costs, may_keep)
+    return _allocated(*found, budget, sensitivity, solver, cost_budget, ties)
+
+
+def fewest_bits(
+    module: nn.Module,
+    calibration: Any,
+    *,
+    error: float,
+    choices: Sequence[str] = CHOICES,
+    sensitivity: Literal["measured", "hawq"] = "measured",
+    keep: tuple[str, ...] = SKIPPED,
+    may_keep: bool = False,
+    rounds: int = 6,
+) -> QuantPlan:
+    """The narrowest plan of :func:`allocate_bits` whose output error, of the whole network, stays within ``error``.
+
+    Damages of single layers do not quite add up; so the budget is bisected on what was asked for, the error itself.
+
+    Args:
+        module, calibration, choices, sensitivity, keep, may_keep: as for ``allocate_bits``.
+        error: ||y_q - y|| / ||y|| on the calibration calls.
+        rounds: halvings of the interval of budgets.
+
+    Raises:
+        FewstepError: where even the widest choices do more damage, or as ``allocate_bits``.
+
+    Source: Augmenting Hessians with Inter-Layer Dependencies, 2306.04879, whose bisection this is, over budgets.
+    """
+    calls, model = _calls(calibration), unwrapped(module)
+    base, table = _table(model, calls, choices, sensitivity, keep, None, may_keep)
+    sizes = {name: base.numel(name) for name in table}
+    total = sum(sizes.values())
+    low, high = (
+        sum(pick(option.bits for option in table[name]) * sizes[name] for name in table) / total for pick in (min, max)
+    )
+    best = _allocated(base, table, high, sensitivity, "milp", None, ())
+    least = math.sqrt(output_noise(model, best, calls))
+    if least > error:
+        raise FewstepError(f"the widest choices have an output error of {least:.3%}; {error:.3%} needs wider ones")
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        plan = _allocated(base, table, middle, sensitivity, "milp", None, ())
+        if math.sqrt(output_noise(model, plan, calls)) <= error:
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
+
+
+def _calls(calibration: Any) -> list[Call]:
     calls = as_calls(calibration)
     if not calls:
-        raise FewstepError("allocate_bits measures on calibration data; give some, see quant.record")
+        raise FewstepError("formats are chosen by what they do to the network's calls; give some, see quant.record")
+    return calls
+
+
+def _table(
+    model: nn.Module,
+    calls: Sequence[Call],
+    choices: Sequence[str],
+    sensitivity: str,
+    keep: tuple[str, ...],
+    costs: Mapping[tuple[str, str], float] | None,
+    may_keep: bool,
+) -> tuple[QuantPlan, dict[str, list[Option]]]:
+    """A plan with the widest choices, and the options of its layers with their damages."""
+    if sensitivity not in ("measured", "hawq"):
+        raise FewstepError(unknown("sensitivity", sensitivity, ("measured", "hawq")))
+    check_untouched(model)
     with evaluating(model):
         base, open_sites, options = prepare(model, choices, keep)
         if sensitivity == "measured":
             found = damages.measured(model, open_sites, options, calls)
         else:
             found = damages.curvature(open_sites, options, damages.traces(model, open_sites, calls))
-    table = tabulated(base, options, found, costs or {}, may_keep)
+    return base, tabulated(base, options, found, costs or {}, may_keep)
+
+
+def _allocated(
+    base: QuantPlan,
+    table: dict[str, list[Option]],
+    budget: float,
+    sensitivity: str,
+    solver: str,
+    cost_budget: float | None,
+    ties: Sequence[Sequence[str]],
+) -> QuantPlan:
     sizes = {name: base.numel(name) for name in table}
     if solver == "milp":
         choice = integer_program(table, sizes, budget, cost_budget=cost_budget, ties=ties)
-    else:
-        middle = {name: choices_[len(choices_) // 2] for name, choices_ in table.items()}
+    elif solver == "baq":
+        middle = {name: options[len(options) // 2] for name, options in table.items()}
         law = {name: option.damage / sizes[name] * 4.0**option.bits for name, option in middle.items()}
         choice = nearest_options(table, closed_form(law, sizes, budget), sizes, budget)
+    else:
+        raise FewstepError(unknown("solver", solver, ("milp", "baq")))
     plan = chosen_plan(base, table, choice, f"allocate_bits({budget:g}, {sensitivity}, {solver})")
     return with_provenance(plan, base, table, choice, {"budget": budget, "sensitivity": sensitivity, "solver": solver})
 
@@ -106,7 +183,7 @@ def tabulated(
     base: QuantPlan,
     options: Mapping[str, Mapping[str, LayerPlan]],
     found: Mapping[str, Mapping[str, float]],
-    costs: Mapping[tuple[str, str], float] = {},  # noqa: B006 - only read
+    costs: Mapping[tuple[str, str], float] = {},
     may_keep: bool = False,
 ) -> dict[str, list[Option]]:
     """Options with bits, damage and cost."""
@@ -115,7 +192,10 @@ def tabulated(
         n, k = base.matrix(name)
         table[name] = [
             Option(
-                options[name][choice], 8 * options[name][choice].nbytes(n, k) / (n * k), value, costs.get((name, choice), 0.0)
+                options[name][choice],
+                8 * options[name][choice].nbytes(n, k) / (n * k),
+                value,
+                costs.get((name, choice), 0.0),
             )
             for choice, value in by_choice.items()
         ]

@@ -100,7 +100,7 @@ def traces(
     needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     sums, before = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, math.inf)
     try:
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() and any(parameter is w for w in weights.values()))
         for probe in range(1, probes + 1):
             call = calls[(probe - 1) % len(calls)].to(device)
@@ -128,9 +128,7 @@ def curvature(
     """
     found: dict[str, dict[str, float]] = {}
     for site in sites:
-        weight = site.module.weight
-        assert isinstance(weight, Tensor)
-        matrix = weight_matrix(weight.detach()).float()
+        matrix = weight_matrix(site.weight).float()
         mean = trace[site.name] / matrix.numel()
         found[site.name] = {
             choice: mean * float((plan.weight.round(matrix) - matrix).double().square().sum())

@@ -56,7 +56,9 @@ def integer_program(
         first = group[0]
         for other in group[1:]:
             if len(table[first]) != len(table[other]):
-                raise FewstepError(f"{first} and {other} are tied but have {len(table[first])} and {len(table[other])} options")
+                raise FewstepError(
+                    f"{first} and {other} are tied but have {len(table[first])} and {len(table[other])} options"
+                )
             for i in range(len(table[first])):
                 row = np.zeros(count)
                 row[place[first] + i], row[place[other] + i] = 1, -1

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.quant.backends.base import Backend
+from fewstep.quant.backends.fused import Fused
 from fewstep.quant.backends.native import Native
 from fewstep.quant.backends.onednn import OneDNN
-from fewstep.quant.backends.fused import Fused
 from fewstep.quant.backends.reference import Reference
 from fewstep.quant.formats import Format, Sign
 

@@ -35,7 +35,9 @@ class Checkpoint:
         if (folder / INDEX).exists():
             found = read_json(folder / INDEX, "QuantCalibration", required=("identity",))["identity"]
             if found != identity:
-                raise ArtifactError(f"{folder} holds a calibration with another plan or other calls; give another folder")
+                raise ArtifactError(
+                    f"{folder} holds a calibration with another plan or other calls; give another folder"
+                )
         else:
             write_json(folder / INDEX, "QuantCalibration", {"identity": identity})
         return cls(folder, identity)

@@ -7,6 +7,7 @@ they are called, as many as the budget holds; a pass stops as soon as the last o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +65,7 @@ class _Gathered:
         return first[0] if same else None
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: the rest of the pass is not needed
+class _Reached(Exception):
     pass
 
 
@@ -122,7 +123,8 @@ def gather(
     share = -(-rows // len(calls))
     start = 0
     while start < len(order):
-        group, held = [], 0
+        group: list[Site] = []
+        held = 0
         while start < len(order) and (not group or held < budget):
             site = order[start]
             group.append(site)
@@ -160,10 +162,8 @@ def _pass(
     try:
         with torch.no_grad():
             for current, call in enumerate(calls):  # noqa: B007 - the hooks read it
-                try:
+                with suppress(_Reached):
                     call.to(device).run(network)
-                except _Reached:
-                    pass
                 tick()
     finally:
         for handle in handles:

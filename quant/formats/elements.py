@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -41,11 +41,13 @@ class Integer:
 
     @property
     def low(self) -> int:
-        return {"int": 1 - 2 ** (self.bits - 1), "bint": -(2 ** (self.bits - 1))}.get(self.kind, 0)
+        half = 1 << (self.bits - 1)
+        return {"int": 1 - half, "bint": -half}.get(self.kind, 0)
 
     @property
     def high(self) -> int:
-        return {"int": 2 ** (self.bits - 1) - 1, "bint": 2 ** (self.bits - 1)}.get(self.kind, 2**self.bits - 1)
+        half = 1 << (self.bits - 1)
+        return {"int": half - 1, "bint": half}.get(self.kind, 2 * half - 1)
 
     @property
     def max(self) -> float:
@@ -118,7 +120,7 @@ class Minifloat:
 
     @property
     def bias(self) -> int:
-        return 2 ** (self.exponent - 1) - 1
+        return (1 << (self.exponent - 1)) - 1
 
     @property
     def least_exponent(self) -> int:
@@ -153,10 +155,7 @@ class Minifloat:
         overflow = 2 ** (self.bits - 1) - _above(self)  # the code beyond the largest finite one: infinity or NaN
         code = code.clamp(max=overflow - (self.special == "finite"))
         nan = x.isnan()
-        if self.special == "finite":
-            code = torch.where(nan, 0, code)
-        else:
-            code = torch.where(nan, 2 ** (self.bits - 1) - 1, code)
+        code = torch.where(nan, 0 if self.special == "finite" else 2 ** (self.bits - 1) - 1, code)
         sign = torch.signbit(x).to(code.dtype) << (self.bits - 1)
         return (code | sign).to(torch.uint8)
 
@@ -241,10 +240,10 @@ def element(name: str) -> Element:
 
 def _above(element: Minifloat) -> int:
     """How many codes at the top of the table are no finite numbers."""
-    return {"finite": 0, "fn": 1, "ieee": 2**element.mantissa}[element.special]
+    return {"finite": 0, "fn": 1, "ieee": 1 << element.mantissa}[element.special]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _magnitudes(element: Minifloat) -> Tensor:
     """The values of the codes without sign, float64, ascending: as if none were special, and one more beyond the last.
 
@@ -258,7 +257,7 @@ def _magnitudes(element: Minifloat) -> Tensor:
     return torch.where(exponent > 0, normal, subnormal)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _values(element: Minifloat) -> Tensor:
     """(2^bits,) float32: the value of each code."""
     values = _magnitudes(element)[:-1].float()

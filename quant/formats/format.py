@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.quant.formats import binary, packing, scales
+from fewstep.quant.formats.blocks import blocks
 from fewstep.quant.formats.elements import Element, Integer, Minifloat, Sign, element
 from fewstep.quant.formats.scales import PowerRule, ScaleType
 
@@ -193,7 +194,7 @@ class Format:
 
     def _blocks(self, x: Tensor) -> Tensor:
         """(R, G, K / G)."""
-        return x.unflatten(1, (self.groups(x.shape[1]), -1))
+        return blocks(x, self.groups(x.shape[1]))
 
     def _count(self, x: Tensor) -> int:
         return self.groups(x.shape[1])
@@ -228,7 +229,7 @@ class Quantized:
     def decode(self) -> Tensor:
         """(R, K) float32: (code - zero) * scale, times the tensor scale where there is one."""
         element = self.format.element
-        groups = self.codes.unflatten(1, (self.format.groups(self.codes.shape[1]), -1))
+        groups = blocks(self.codes, self.format.groups(self.codes.shape[1]))
         if isinstance(element, Sign):
             return binary.decode(groups, self.scale).reshape(self.codes.shape)
         values = _unscaled(element.decode(groups), self.scale, self.zero, self.tensor_scale)
@@ -276,7 +277,7 @@ def _unscaled(values: Tensor, scale: Tensor, zero: Tensor | None, tensor_scale: 
     return values * scale.unsqueeze(-1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _largest_divisor(columns: int, below: int) -> int:
     return next(d for d in range(min(below, columns), 0, -1) if columns % d == 0)
 

@@ -31,9 +31,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     columns = codes.shape[-1]
     codes = torch.nn.functional.pad(codes & (2**bits - 1), (0, -columns % 8))
     places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    stream = ((codes.unsqueeze(-1) >> places) & 1).flatten(-2).unflatten(-1, (-1, 8))
+    stream = ((codes.unsqueeze(-1) >> places) & 1).reshape(*codes.shape[:-1], -1, 8)
     eight = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (stream << eight).sum(-1, dtype=torch.uint8)[..., : packed_width(columns, bits)].contiguous()
+    packed: Tensor = (stream << eight).sum(-1, dtype=torch.uint8)
+    return packed[..., : packed_width(columns, bits)].contiguous()
 
 
 def unpack(data: Tensor, bits: int, columns: int, *, signed: bool) -> Tensor:
@@ -55,7 +56,7 @@ def unpack(data: Tensor, bits: int, columns: int, *, signed: bool) -> Tensor:
     else:
         data = torch.nn.functional.pad(data, (0, -data.shape[-1] % bits))
         eight = torch.arange(8, dtype=torch.uint8, device=data.device)
-        stream = ((data.unsqueeze(-1) >> eight) & 1).flatten(-2).unflatten(-1, (-1, bits))
+        stream = ((data.unsqueeze(-1) >> eight) & 1).reshape(*data.shape[:-1], -1, bits)
         places = torch.arange(bits, dtype=torch.uint8, device=data.device)
         codes = (stream << places).sum(-1, dtype=torch.uint8)[..., :columns]
     if not signed:

@@ -33,15 +33,31 @@ class QuantLayer(nn.Module):
         plan: the layer's formats.
         shape: of the weight that it replaces.
         backend: the name of the backend to compute with, or ``auto``.
+        added: directions that LoRA adapters added to the branch.
     """
 
     plan: LayerPlan
     shape: tuple[int, ...]
+    dtype: torch.dtype
+    codes: nn.Parameter
+    scale: nn.Parameter
+    zero: nn.Parameter | None
+    tensor_scale: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    input_zero: nn.Parameter | None
+    smooth: nn.Parameter | None
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+    first: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def __init__(self, plan: LayerPlan, shape: tuple[int, ...], arrays: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, plan: LayerPlan, shape: tuple[int, ...], arrays: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
         nn.Module.__init__(self)  # not the float layer's, which would make a weight
         self.plan, self.shape, self.dtype = plan, shape, dtype
         self.backend = "auto"
+        self.added = 0
         self.memory: dict[Any, Any] = {}
         for name in ARRAYS:
             value = arrays.get(name)
@@ -61,18 +77,19 @@ class QuantLayer(nn.Module):
     @property
     def decoded(self) -> Tensor:
         """float32 matrix (N, K) of the codes; kept on the CPU, where there is no faster way for most formats."""
-        kept = self.remember("decoded", lambda: self.quantized_weight().decode().contiguous())
+        kept: Tensor = self.remember("decoded", lambda: self.quantized_weight().decode().contiguous())
         if kept.device.type != "cpu":
             self.memory.pop("decoded", None)
         return kept
 
-    @property
+    @property  # type: ignore[override, unused-ignore]
     def weight(self) -> Tensor:
         """The weight that this layer multiplies x with: smoothing undone, low-rank branch added; in the layer's dtype."""
         matrix = self.decoded
         if self.smooth is not None:
             matrix = matrix / self.smooth_columns(self.smooth).float()
         if self.down is not None:
+            assert self.up is not None
             matrix = matrix + self.up.float() @ self.down.float()
         return weight_tensor(matrix, self.shape).to(self.dtype)
 
@@ -86,7 +103,7 @@ class QuantLayer(nn.Module):
             self._make(key, make)
         return self.memory[key]
 
-    @torch.compiler.disable  # a graph is broken here once; from then on what was made is a constant in it
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph is broken here once; from then on what was made is a constant in it
     def _make(self, key: Any, make: Callable[[], Any]) -> None:
         self.memory[key] = make()
 
@@ -107,7 +124,7 @@ class QuantLayer(nn.Module):
         self.memory.clear()
         fixed = {name: value.data for name in (*WEIGHT, *INPUT) if (value := getattr(self, name)) is not None}
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in fixed.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:  # float16 has too few exponents for scales

@@ -79,15 +79,18 @@ def layer_arrays(
         down, up = branch
         arrays["down"] = (down.float() if factors is None else down.float() / factors).to(dtype)
         arrays["up"] = up.to(dtype)
-    return arrays | dict(extra or {})
+    # One layout, so that a layer sums in the same order before it is saved and after.
+    return {name: value.contiguous() for name, value in (arrays | dict(extra or {})).items()}
 
 
-def quant_layer(layer: nn.Module, plan: LayerPlan, arrays: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> QuantLayer:
+def quant_layer(
+    layer: nn.Module, plan: LayerPlan, arrays: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> QuantLayer:
     """The quantised layer that takes the place of ``layer``, whose weight is not read."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     shape, dtype = tuple(weight.shape), dtype or weight.dtype
-    made: QuantLayer
+    made: QuantLinear | QuantConv2d
     if isinstance(layer, nn.Conv2d):
         geometry = {name: getattr(layer, name) for name in GEOMETRY}
         geometry["border"] = layer._reversed_padding_repeated_twice
@@ -163,7 +166,9 @@ def float_layer(layer: QuantLayer) -> nn.Module:
     made.weight = nn.Parameter(weight.detach().clone().contiguous())
     if bias is not None:
         if layer.plan.shift:  # give the shift's share back
-            codes = layer.decoded if layer.smooth is None else layer.decoded / layer.smooth_columns(layer.smooth).float()
+            codes = (
+                layer.decoded if layer.smooth is None else layer.decoded / layer.smooth_columns(layer.smooth).float()
+            )
             bias = (bias.float() + layer.plan.shift * codes.sum(1)).to(bias.dtype)
         made.bias = nn.Parameter(bias.detach().clone())
     return made.train(layer.training)
@@ -177,7 +182,9 @@ def check(name: str, layer: nn.Module, plan: LayerPlan) -> None:
         raise FewstepError(f"{name} is quantised already; dequantize_ first")
     weight = layer.weight
     if weight.is_meta:
-        raise FewstepError(f"{name} has its weight on the meta device (sequential offload?); quantise before offloading")
+        raise FewstepError(
+            f"{name} has its weight on the meta device (sequential offload?); quantise before offloading"
+        )
     if not bool(torch.isfinite(weight).all()):
         raise FewstepError(f"{name} has NaN or infinity among its weights; they have no codes")
     channels = int(weight.shape[1])
@@ -186,7 +193,9 @@ def check(name: str, layer: nn.Module, plan: LayerPlan) -> None:
     if plan.splits and plan.splits[-1] >= channels:
         raise FewstepError(f"{name} is split at channel {plan.splits[-1]}, it has {channels}")
     if plan.rank > min(weight.shape[0], weight[0].numel()):
-        raise FewstepError(f"{name} has a weight of shape {tuple(weight.shape)}; a branch of rank {plan.rank} is larger")
+        raise FewstepError(
+            f"{name} has a weight of shape {tuple(weight.shape)}; a branch of rank {plan.rank} is larger"
+        )
     if isinstance(layer, nn.Conv2d) and layer.groups > 1 and (plan.rank or plan.smooth or plan.splits):
         raise FewstepError(f"{name} is a grouped convolution; it takes no branch, smoothing or splits")
     if isinstance(layer, nn.Conv2d) and plan.shift:

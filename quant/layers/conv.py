@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fewstep.quant.backends import choose
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.base import QuantLayer
+from fewstep.quant.views import weight_tensor
 
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -29,7 +30,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     ) -> None:
         super().__init__(plan, shape, arrays, dtype)
         self.stride, self.padding, self.dilation = (geometry[name] for name in ("stride", "padding", "dilation"))
-        self.groups, self.padding_mode = int(geometry["groups"]), str(geometry["padding_mode"])
+        self.groups, self.padding_mode = int(geometry["groups"]), geometry["padding_mode"]
         self.out_channels, self.in_channels = shape[0], shape[1] * self.groups
         self.kernel_size = (shape[2], shape[3])
         self._reversed_padding_repeated_twice = geometry["border"]  # what torch pads by in the modes that are not zeros
@@ -39,7 +40,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """conv2d of the layer's geometry."""
-        return nn.Conv2d._conv_forward(self, x, weight, bias)
+        out: Tensor = nn.Conv2d._conv_forward(self, x, weight, bias)
+        return out
 
     def prepare(self, x: Tensor) -> Tensor:
         """Inputs as the quantiser takes them: shifted, divided by the smoothing factors, float32, (B, C, H, W)."""
@@ -52,8 +54,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         """The convolved codes with the bias and the branch of the raw inputs added, in the inputs' dtype."""
         if self.bias is not None:
             out = out + self.bias.float()[:, None, None]
-        if self.down is not None:
-            down = self.down.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)
+        if self.down is not None and self.up is not None:
+            down = weight_tensor(self.down, (len(self.down), *self.shape[1:]))
             branch = self.convolve(x.to(down.dtype), down)
             out = out + F.conv2d(branch, self.up[:, :, None, None]).float()
         return out.to(x.dtype)

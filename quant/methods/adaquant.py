@@ -16,7 +16,7 @@ from fewstep.quant.calibration.inputs import LayerInputs
 from fewstep.quant.formats import Quantized, Sign
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays
-from fewstep.quant.methods.base import FLAT
+from fewstep.quant.methods.base import FLAT, rounded_parts
 from fewstep.quant.methods.nearest import Nearest
 from fewstep.quant.methods.ranges import clipped, restorable
 from fewstep.quant.methods.steps import rounded_through
@@ -37,7 +37,7 @@ class AdaQuant(Nearest):
     weight: str = "int4:g64"
     activation: str | None = "int8:row"
     steps: int = 100
-    rate: float = 0.02
+    rate: float = 0.05
     tune_bias: bool = True
     inputs = True
 
@@ -45,14 +45,16 @@ class AdaQuant(Nearest):
         return site.role not in FLAT
 
     def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
+        if plan.splits:
+            return rounded_parts(site.module, plan)
         if inputs is None or isinstance(plan.weight.element, Sign):
             return layer_arrays(site.module, plan)
         trial = Trial(site.module, plan, inputs.sample)
         codes = tuned(trial, self.steps, self.rate)
-        bias = site.module.bias
+        bias: Tensor | None = site.module.bias
         if self.tune_bias:
-            mean = output_shift(trial, codes)
-            bias = mean.to(trial.weight) if bias is None else bias.detach() + mean.to(bias)
+            mean = output_shift(trial, codes).to(site.weight)
+            bias = mean if bias is None else bias.detach() + mean
         return layer_arrays(site.module, plan, quantized=codes, bias=bias)
 
 
@@ -74,6 +76,7 @@ def tuned(trial: Trial, steps: int, rate: float) -> Quantized:
         weight = trial.weight.clone().requires_grad_(True)
         stretch = torch.zeros_like(best.scale).requires_grad_(True)
         optimizer = torch.optim.Adam([{"params": [weight], "lr": rate * step}, {"params": [stretch], "lr": rate * 0.1}])
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))  # codes must come to rest
         for i in range(steps):
             scale = best.scale * stretch.exp()
             out = trial.product(rounded, rounded_through(weight, format, scale, best.zero, best.tensor_scale))
@@ -81,6 +84,7 @@ def tuned(trial: Trial, steps: int, rate: float) -> Quantized:
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            decay.step()
             if i % 10 == 9 or i == steps - 1:
                 with torch.no_grad():
                     scale = restorable(best.scale * stretch.exp(), format) if format.scale != "e8m0" else best.scale

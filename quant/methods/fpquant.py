@@ -18,7 +18,7 @@ from fewstep.quant.calibration.inputs import LayerInputs, gather
 from fewstep.quant.formats import E4M3, E5M2, Format, Minifloat
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays
-from fewstep.quant.methods.base import FLAT, SKIPPED
+from fewstep.quant.methods.base import FLAT, SKIPPED, rounded_parts
 from fewstep.quant.methods.nearest import Nearest
 from fewstep.quant.methods.ranges import clipped
 from fewstep.quant.methods.steps import LearnedRounding
@@ -78,10 +78,8 @@ class FPQuant(Nearest):
         there = [site for site in sites(model) if site.name in plan.layers]
         changes: dict[str, LayerPlan | None] = {}
         for site in there:
-            weight = site.module.weight
-            assert isinstance(weight, Tensor)
             layer = plan.layers[site.name]
-            matrix = weight_matrix(weight.detach()).float()
+            matrix = weight_matrix(site.weight).float()
             changes[site.name] = replace(layer, weight=best_split(matrix, layer.weight, self.bits, self.hardware))
         plan = plan.with_layers(changes)
         if self.activation_bits is None:
@@ -98,10 +96,10 @@ class FPQuant(Nearest):
         return plan.with_layers(changes)
 
     def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
-        weight = site.module.weight
-        assert isinstance(weight, Tensor)
+        if plan.splits:
+            return rounded_parts(site.module, plan)
         if inputs is None or self.bits > 4:
-            return layer_arrays(site.module, plan, quantized=clipped(weight_matrix(weight.detach()).float(), plan.weight))
+            return layer_arrays(site.module, plan, quantized=clipped(weight_matrix(site.weight).float(), plan.weight))
         trial = Trial(site.module, plan, inputs.sample, limit=512)
         return layer_arrays(site.module, plan, quantized=learned(trial, self.steps))
 
@@ -113,7 +111,9 @@ def splits(bits: int, hardware: bool) -> list[Minifloat]:
     """Every float of so many bits, the middle split first; E4M3 and E5M2 are those with NaN, as hardware has them."""
     if hardware:
         if bits not in HARDWARE:
-            raise FewstepError(f"hardware multiplies floats of {', '.join(map(str, sorted(HARDWARE)))} bits, not {bits}")
+            raise FewstepError(
+                f"hardware multiplies floats of {', '.join(map(str, sorted(HARDWARE)))} bits, not {bits}"
+            )
         return list(HARDWARE[bits])
     known = {(f.exponent, f.mantissa): f for f in (E4M3, E5M2)}
     found = [

@@ -94,18 +94,26 @@ class MixDQ(Method):
                 found.append((sum(table[n][i].damage for n, i in choice.items()), choice))
         if not found:
             least = sum(min(o.bits for o in table[n]) * sizes[n] for n in table) / sum(sizes.values())
-            raise FewstepError(f"no share of {self.budget:g} bits a weight serves both groups; at least {least:.3f} are needed")
+            raise FewstepError(
+                f"no share of {self.budget:g} bits a weight serves both groups; at least {least:.3f} are needed"
+            )
         found.sort(key=lambda entry: entry[0])
         # Damages of two metrics do not compare, so the network as a whole decides among the best of each share.
         finals = [choice for _, choice in _spread(found, self.finalists)]
         plans = [chosen_plan(base, table, choice, "MixDQ") for choice in finals]
         scores = [output_noise(model, plan, calls) for plan in plans] if len(plans) > 1 else [0.0]
         best = min(range(len(plans)), key=lambda i: scores[i])
-        settings = {**self.settings(), "finalists_noise": scores, "finalists_bits": [mean_bits(base, table, c) for c in finals]}
+        settings = {
+            **self.settings(),
+            "finalists_noise": scores,
+            "finalists_bits": [mean_bits(base, table, c) for c in finals],
+        }
         plan = with_provenance(plans[best], base, table, finals[best], settings)
         return plan.with_layers(self._first_tokens(plan, open_sites, calls))
 
-    def _first_tokens(self, plan: QuantPlan, open_sites: Sequence[Site], calls: Sequence[Call]) -> dict[str, LayerPlan | None]:
+    def _first_tokens(
+        self, plan: QuantPlan, open_sites: Sequence[Site], calls: Sequence[Call]
+    ) -> dict[str, LayerPlan | None]:
         if not self.first_token or not constant_first_token(calls):
             return {}
         return {
@@ -118,10 +126,10 @@ class MixDQ(Method):
         if not plan.first_token:
             return layer_arrays(site.module, plan)
         if inputs is None or inputs.first is None:
-            raise FewstepError(f"{site.name} has a first token that is not the same in all calls; give first_token=False")
-        weight = site.module.weight
-        assert isinstance(weight, Tensor)
-        first = site.module(inputs.first.to(weight))
+            raise FewstepError(
+                f"{site.name} has a first token that is not the same in all calls; give first_token=False"
+            )
+        first = site.module(inputs.first.to(site.weight))
         return layer_arrays(site.module, plan, extra={"first": first.detach()})
 
     def settings(self) -> dict[str, Any]:

@@ -28,7 +28,9 @@ class MixedPrecision(Method):
         plan = self.table if isinstance(self.table, QuantPlan) else QuantPlan.load(self.table)
         for name, layer in plan.layers.items():
             if layer.rank or layer.smooth or layer.static or layer.first_token:
-                raise PlanError(f"{name} is planned as {layer}; give the method that calibrates that, a plan alone cannot")
+                raise PlanError(
+                    f"{name} is planned as {layer}; give the method that calibrates that, a plan alone cannot"
+                )
         return plan
 
     def settings(self) -> dict[str, Any]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from torch import nn
+
 from fewstep.errors import FewstepError, unknown
+from fewstep.quant.calibration.calls import Call
 from fewstep.quant.formats import Format
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.methods.base import FLAT, SKIPPED, Method, fit, storage_of
+from fewstep.quant.methods.shortcuts import joints
+from fewstep.quant.plan import QuantPlan
 from fewstep.quant.sites import Site
 
 ROLES = (
@@ -26,12 +32,15 @@ class Nearest(Method):
         activation: format of the inputs, None for weights alone.
         conv_activation: of convolutions' inputs where it differs.
         keep: roles and layer names (with ``*``) that stay as they are. First and last layers and embeddings by default.
+        split_shortcuts: whether layers that read a UNet's skip connection beside the features from below have scales of
+            their own for each.
     """
 
     weight: str
     activation: str | None = None
     conv_activation: str | None = None
     keep: tuple[str, ...] = SKIPPED
+    split_shortcuts: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for entry in (self.weight, self.activation, self.conv_activation):
@@ -40,8 +49,28 @@ class Nearest(Method):
         if isinstance(self.keep, str):
             raise FewstepError(f"keep is {self.keep!r}; give a tuple of roles and names")
         for entry in self.keep:
-            if entry not in ROLES and "." not in entry and "*" not in entry and entry.isidentifier() and "_" not in entry:
+            if (
+                entry not in ROLES
+                and "." not in entry
+                and "*" not in entry
+                and entry.isidentifier()
+                and "_" not in entry
+            ):
                 raise FewstepError(unknown("role", entry, ROLES))
+
+    def plan(self, model: nn.Module, calls: Sequence[Call] = ()) -> QuantPlan:
+        plan = super().plan(model, calls)
+        if not self.split_shortcuts:
+            return plan
+        changes: dict[str, LayerPlan | None] = {}
+        for name, channel in joints(model).items():
+            layer = plan.layers.get(name)
+            if layer is not None and all(
+                channel % f.group == 0 for f in (layer.weight, layer.activation) if f and f.group
+            ):
+                # A branch and factors are found for whole layers; without them a part is a layer like any other.
+                changes[name] = replace(layer, splits=(channel,), rank=0, smooth=False)
+        return plan.with_layers(changes)
 
     def kept(self, site: Site) -> str | None:
         """Why a layer is kept, None where it is not."""

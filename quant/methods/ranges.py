@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.quant.formats import Format, Quantized, Sign
+from fewstep.quant.formats.blocks import blocks
 
 
 def clipped(matrix: Tensor, format: Format, *, shrink: float = 0.2, grid: int = 20, power: float = 2.0) -> Quantized:
@@ -24,7 +25,7 @@ def clipped(matrix: Tensor, format: Format, *, shrink: float = 0.2, grid: int = 
         factor = 1 - (1 - shrink) * i / grid
         tried = restorable(scale * factor, format)
         error = (format.round(matrix, tried, zero, tensor_scale) - matrix).abs().pow(power)
-        error = error.unflatten(1, (format.groups(matrix.shape[1]), -1)).sum(-1)
+        error = blocks(error, format.groups(matrix.shape[1])).sum(-1)
         if format.granularity == "tensor":
             error = error.sum().reshape(1, 1)
         better = error < least

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.quant.formats import Format, Integer, Minifloat, Quantized, Sign
+from fewstep.quant.formats.blocks import blocks
 
 
 def through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -14,7 +15,11 @@ def through(value: Tensor, rounded: Tensor) -> Tensor:
 
 
 def rounded_through(
-    x: Tensor, format: Format, scale: Tensor | None = None, zero: Tensor | None = None, tensor_scale: Tensor | None = None
+    x: Tensor,
+    format: Format,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
 ) -> Tensor:
     """``format.round(x)`` with a gradient: to x inside the range and none outside; to the scale as LSQ has it.
 
@@ -23,7 +28,7 @@ def rounded_through(
     if isinstance(format.element, Sign):
         clipped = x.clamp(-1, 1) if scale is None else x
         return through(clipped, format.round(x, scale))
-    groups = x.unflatten(1, (format.groups(x.shape[1]), -1))
+    groups = blocks(x, format.groups(x.shape[1]))
     if scale is None:
         scale, zero, tensor_scale = format.scales(x.detach())
     whole = scale if tensor_scale is None else scale * tensor_scale
@@ -64,7 +69,7 @@ class LearnedRounding:
         scale = quantized.scale if quantized.tensor_scale is None else quantized.scale * quantized.tensor_scale
         self.scale = scale.unsqueeze(-1)
         self.offset = 0.0 if quantized.zero is None else quantized.zero.unsqueeze(-1)
-        groups = matrix.unflatten(1, (format.groups(matrix.shape[1]), -1))
+        groups = blocks(matrix, format.groups(matrix.shape[1]))
         scaled = groups / self.scale + self.offset
         self.low, self.high = neighbours(format.element, scaled)
         gap = self.high - self.low

@@ -17,7 +17,7 @@ from fewstep.quant.calibration.inputs import LayerInputs
 from fewstep.quant.formats import Format, Integer, Quantized
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays, residual
-from fewstep.quant.methods.base import FLAT, SKIPPED
+from fewstep.quant.methods.base import FLAT, SKIPPED, rounded_parts
 from fewstep.quant.methods.gptq import gptq
 from fewstep.quant.methods.nearest import Nearest
 from fewstep.quant.methods.trial import Branch, Trial
@@ -69,7 +69,7 @@ class SVDQuant(Nearest):
         return site.role not in FLAT
 
     def formats(self, site: Site) -> tuple[str, str | None]:
-        weight, activation = super().formats(site)
+        _, activation = super().formats(site)
         group = f":g{self.group_size}"
         own = replace_bare(self.weight, group)
         if site.role in FLAT:
@@ -95,20 +95,24 @@ class SVDQuant(Nearest):
         return plan.with_layers(changes)
 
     def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
+        if plan.splits:
+            return rounded_parts(site.module, plan)
         if plan.activation is None:
             return layer_arrays(site.module, plan)
         if inputs is None or not plan.smooth:
-            ones = torch.ones(site.shape[1], device=weight_matrix(_weight(site)).device)
-            branch, codes = low_rank(_weight(site), plan, self.iterations)
+            ones = torch.ones(site.shape[1], device=weight_matrix(site.weight).device)
+            branch, codes = low_rank(site.weight, plan, self.iterations)
             return layer_arrays(site.module, plan, smooth=ones if plan.smooth else None, branch=branch, quantized=codes)
         trial = Trial(site.module, plan, inputs.sample)
         smooth = search_smoothing(trial, inputs.channel_max + plan.shift, self.grid)
         branch, codes = low_rank_for(trial, smooth, self.iterations)
         if self.gptq:
-            left = residual(_weight(site), smooth, branch)
+            left = residual(site.weight, smooth, branch)
             better = gptq(left, plan.weight, trial.gram(trial.inputs(smooth)))
             rounded = trial.inputs(smooth)
-            if trial.error(rounded, better.decode(), branch, smooth) < trial.error(rounded, codes.decode(), branch, smooth):
+            if trial.error(rounded, better.decode(), branch, smooth) < trial.error(
+                rounded, codes.decode(), branch, smooth
+            ):
                 codes = better
         return layer_arrays(site.module, plan, smooth=smooth, branch=branch, quantized=codes)
 
@@ -133,12 +137,6 @@ def _unsigned(format: Format) -> Format | None:
     if not isinstance(kind, Integer) or kind.kind != "int":
         return None
     return replace(format, element=Integer(kind.bits, "uint"))
-
-
-def _weight(site: Site) -> Tensor:
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
 
 
 def candidates(x_max: Tensor, w_max: Tensor, grid: int) -> Iterator[Tensor]:

@@ -61,7 +61,9 @@ class Trial:
             return x
         return images(format.round(pixels(x)), x.shape) if self.is_conv else format.round(x)
 
-    def error(self, rounded: Tensor, matrix: Tensor, branch: Branch | None = None, smooth: Tensor | None = None) -> float:
+    def error(
+        self, rounded: Tensor, matrix: Tensor, branch: Branch | None = None, smooth: Tensor | None = None
+    ) -> float:
         """||target - rounded matrix^T - (x / smooth) down^T up^T||^2."""
         out = self.product(rounded, matrix)
         if branch is not None:

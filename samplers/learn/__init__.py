@@ -10,9 +10,6 @@ Names are loaded when they are used; :mod:`fewstep.samplers` does not need this 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fewstep.samplers.learn.tuning import Progress as Progress
-    from fewstep.samplers.learn.tuning import auto as auto
-    from fewstep.samplers.learn.tuning import tune as tune
     from fewstep.samplers.learn.figure import plot as plot
     from fewstep.samplers.learn.fitting.descent import Descent as Descent
     from fewstep.samplers.learn.fitting.levenberg import levenberg as levenberg
@@ -44,6 +41,9 @@ if TYPE_CHECKING:
     from fewstep.samplers.learn.teaching.problem import Problem as Problem
     from fewstep.samplers.learn.teaching.teacher import Teacher as Teacher
     from fewstep.samplers.learn.teaching.teacher import solve as solve
+    from fewstep.samplers.learn.tuning import Progress as Progress
+    from fewstep.samplers.learn.tuning import auto as auto
+    from fewstep.samplers.learn.tuning import tune as tune
 
 _MODULES = {
     "tuning": ("Progress", "auto", "tune"),
@@ -72,7 +72,9 @@ def __getattr__(name: str) -> object:
         import importlib
 
         return getattr(importlib.import_module(f"fewstep.samplers.learn.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'fewstep.samplers.learn' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+    raise AttributeError(
+        f"module 'fewstep.samplers.learn' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}"
+    )
 
 
 def __dir__() -> list[str]:

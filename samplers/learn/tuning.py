@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.samplers.learn.fitting.levenberg import Iteration, levenberg
+from fewstep.samplers.learn.fitting.levenberg import SECANTS, Iteration, levenberg
 from fewstep.samplers.learn.fitting.mixture import Mixture, grid_of
 from fewstep.samplers.learn.fitting.parameters import Parameters, Part
 from fewstep.samplers.learn.fitting.runner import error
@@ -19,6 +19,10 @@ from fewstep.samplers.learn.methods.untuned import Untuned, untuned
 from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.learn.teaching.teacher import Teacher
 from fewstep.samplers.plan import SolverPlan
+
+PATIENCE = 3
+"""Steps that do not help on held-out trajectories, after which a stage is over."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -57,10 +61,8 @@ def tune(
     """The best plan of so many calls that can be learned from ``problem`` in that time.
 
     Starts from the best untuned solver and grid. First its grid and model times are fitted, then the coefficients with them,
-    then, on more trajectories, rows
-    whose marginals need not be kept, all by Levenberg and Marquardt's method. What
-    every iteration finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan where
-    nothing beat it.
+    then, on more trajectories, rows whose marginals need not be kept, all by Levenberg and Marquardt's method. What every step
+    finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan where nothing beat it.
 
     Args:
         seconds: of learning; it ends earlier where nothing improves.
@@ -75,7 +77,9 @@ def tune(
         FewstepError: fewer than three trajectories, or a number of calls that no solver can make.
     """
     if len(problem) < 3:
-        raise FewstepError(f"{len(problem)} trajectories are too few to learn from and to judge by; give at least 3, rather 64")
+        raise FewstepError(
+            f"{len(problem)} trajectories are too few to learn from and to judge by; give at least 3, rather 64"
+        )
     began = time.monotonic()
     train, judge = problem.split(held_out or max(1, len(problem) // 3))
     begin = _start(train, judge, nfe)
@@ -87,7 +91,7 @@ def tune(
     best, least, method = begin.plan, begin.error, "untuned" if stages == STAGES else "given"
     history: list[dict[str, float]] = []
     carried: Parameters | None = None
-    total = sum(count for *_, count in stages)
+    total = sum(count * (1 + SECANTS) for *_, count in stages)
     for stage, parts, samples, count in stages:
         left = seconds - (time.monotonic() - began)
         if left <= 0:
@@ -98,17 +102,20 @@ def tune(
         if not any(math.prod(v.shape) for v in parameters.tensors()):
             continue
 
-        def seen(iteration: Iteration, parameters: Parameters = parameters, stage: str = stage) -> None:
-            nonlocal best, least, method
+        def seen(iteration: Iteration, parameters: Parameters = parameters, stage: str = stage) -> bool:
+            nonlocal best, least, method, idle
             plan = parameters.frozen()
             found = float(error(plan, judge).mean())
             history.append({"seconds": time.monotonic() - began, "loss": iteration.loss, "held_out": found})
+            idle = 0 if found < 0.995 * least else idle + 1
             if found < least:
                 best, least, method = plan, found, stage
             if report is not None:
                 share = max(len(history) / total, (time.monotonic() - began) / seconds)
                 report(Progress(min(share, 1.0), stage, iteration.loss, least, best))
+            return idle < PATIENCE
 
+        idle = 0
         levenberg(parameters, train.take(slice(0, samples)), iterations=count, seconds=left, report=seen)
         carried = parameters
     provenance: dict[str, Any] = {

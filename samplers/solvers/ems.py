@@ -246,7 +246,7 @@ class EMS(Multistep):
             correctors.append(self._direction(points, steps, f, i, again, pseudo) if correct else None)
         forms = predict_correct(ratios, predictors, correctors[:n])
         if not own and bool(self.statistics.b.any()):
-            forms = [replace(form, constant=f64([form.constant])) for form in forms]
+            forms = [replace(form, constant=f64([value(form.constant)])) for form in forms]
         plan = plan_from_forms(schedule, grid, bases, forms, method=str(self), order=self.convergence_order)
         return checked(plan, strict=self.consistent)
 
@@ -317,8 +317,11 @@ class EMS(Multistep):
             B, B_end = from_start(inside, torch.einsum("pn...,n->p...", drift, _WEIGHTS) * w[:, 0])
             C_end = over_steps(growth * B)
         E = [over_steps(growth, k) for k in range(self.order + 1)]
-        columns = [list(v.unbind()) if own else v.tolist() for v in (L_end, S_end, torch.exp(S_end), B_end, C_end, *E)]
-        return [_Step(*row[:5], row[5:]) for row in map(list, zip(*columns, strict=True))]
+        columns: list[list[Scalar]] = [
+            list(v.unbind()) if own else v.tolist() for v in (L_end, S_end, torch.exp(S_end), B_end, C_end, *E)
+        ]
+        rows = zip(*columns, strict=True)
+        return [_Step(r[0], r[1], r[2], r[3], r[4], list(r[5:])) for r in rows]
 
 
 def _pieces(lam: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:

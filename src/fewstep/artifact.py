@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` atomically and durably; a missing folder is made."""
+def write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace ``path`` by ``data`` atomically; a missing folder is made.
+
+    Args:
+        path: the file.
+        data: all of it.
+        durable: return only when it would survive a power cut. Without, the file may be gone or torn after one until
+            :func:`sync` was called: for files with a checksum, of which there are many.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(
@@ -33,17 +40,23 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name itself must survive a power cut
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if durable and os.name == "posix":  # the new name itself must survive a power cut
+            sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or on POSIX the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, kind: str, body: Mapping[str, Any]) -> None:

@@ -7,6 +7,8 @@ Numbers are the interpreter's business. What only the compiler can tell is wheth
 instruction (Triton falls back to float16 without a word), and whether the tile fits in registers.
 """
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+
 from __future__ import annotations
 
 import importlib
@@ -31,7 +33,7 @@ _MXFP4 = {100: "UTCOMMA", 120: "OMMA.SF.16864.F32.E2M1.E2M1.E8"}
 _NVFP4 = {100: "UTCOMMA.4X", 120: "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"}
 _FLOAT16 = {80: "HMMA.16816.F32", 89: "HMMA.16816.F32", 90: "HGMMA.64"}
 _BFLOAT16 = {80: "HMMA.16816.F32.BF16", 89: "HMMA.16816.F32.BF16", 90: "HGMMA.64"}
-_PROJECTION = dict.fromkeys(ARCHITECTURES, "HMMA.16816.F32.BF16")
+_PROJECTION: dict[int, str] = dict.fromkeys(ARCHITECTURES, "HMMA.16816.F32.BF16")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Choosing tile sizes by time, apart from the kernels: nothing is timed unless somebody asks for it."""
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -16,9 +18,10 @@ def cuda_seconds(call: Callable[[], object], repeats: int = 20) -> float:
     """Median seconds of ``call`` on the current CUDA device, by events, after a warm-up that compiles."""
     call()
     torch.cuda.synchronize()
-    times = []
+    event: Any = torch.cuda.Event
+    times: list[float] = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
         call()
         end.record()

@@ -54,7 +54,7 @@ def levenberg(
     *,
     iterations: int = 8,
     seconds: float = float("inf"),
-    report: Callable[[Iteration], None] | None = None,
+    report: Callable[[Iteration], bool | None] | None = None,
 ) -> list[Iteration]:
     """Minimise the mean RMS error of the plan of ``parameters``, which are left at the best numbers found.
 
@@ -64,7 +64,7 @@ def levenberg(
     Args:
         iterations: sets of differences, at most; each is followed by up to 1 + :data:`SECANTS` steps.
         seconds: no set of differences begins after this, and one that runs is given up.
-        report: called after every step with what it reached; ``parameters`` are there then.
+        report: called after every step with what it reached; ``parameters`` are there then. False ends the search.
 
     Raises:
         FewstepError: the plan to start from gives NaN on this model.
@@ -92,8 +92,8 @@ def levenberg(
                 jacobian += missed.reshape(-1, 1).to(jacobian) * (moved / moved.square().sum()).to(jacobian)[None]
                 gained, here = there.loss < 0.99 * here.loss, there
                 done.append(Iteration(here.loss, time.monotonic() - began, calls))
-                if report is not None:
-                    report(done[-1])
+                if report is not None and report(done[-1]) is False:
+                    return done
                 if not gained:
                     break
             if here.loss > ENOUGH * before:
@@ -134,9 +134,7 @@ def _step(
     return None
 
 
-def _differences(
-    here: _Point, parameters: Fittable, problem: Problem, deadline: float
-) -> tuple[Tensor, int] | None:
+def _differences(here: _Point, parameters: Fittable, problem: Problem, deadline: float) -> tuple[Tensor, int] | None:
     """(derivatives of the ends (n d, parameters) float32, network calls), or None where there is no time left."""
     columns, calls = [], 0
     for j in range(len(here.vector)):

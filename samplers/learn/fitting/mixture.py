@@ -55,7 +55,9 @@ class Mixture(Solver):
         output = torch.nn.functional.pad(plan.output, (0, plan.steps))
         first = _first_order(plan.basis[0], grid_of(plan, schedule))
         rows = [[w / value(row.outputs[0]) for w in output[i, : i + 1].tolist()] for i, row in enumerate(first)]
-        factors = [float(plan.state[i, 0]) / value(row.state) if value(row.state) else 1.0 for i, row in enumerate(first)]
+        factors = [
+            float(plan.state[i, 0]) / value(row.state) if value(row.state) else 1.0 for i, row in enumerate(first)
+        ]
         return Mixture(tuple(tuple(row) for row in rows), tuple(factors), plan.basis[0])
 
     def compile(self, schedule: NoiseSchedule, grid: Grid) -> SolverPlan:

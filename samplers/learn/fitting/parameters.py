@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -86,7 +85,10 @@ class Parameters:
     def only(self, parts: Sequence[Part]) -> Iterator[None]:
         """Just these parts are free while this is open; the others stay what they are."""
         whole = self.values
-        self.values, self._held = {p: whole[p] for p in parts}, {p: v.detach() for p, v in whole.items() if p not in parts}
+        self.values, self._held = (
+            {p: whole[p] for p in parts},
+            {p: v.detach() for p, v in whole.items() if p not in parts},
+        )
         try:
             yield
         finally:
@@ -127,7 +129,9 @@ class Parameters:
         told = lam[:n]
         if shifts is not None:
             shifts = shifts + self._leaning
-            shifts = torch.cat([torch.zeros_like(shifts[: b + 1]), shifts[b + 1 :]])  # the first is pure noise, as it says
+            shifts = torch.cat(
+                [torch.zeros_like(shifts[: b + 1]), shifts[b + 1 :]]
+            )  # the first is pure noise, as it says
             told = torch.cat([told[:b], told[b:] + torch.tanh(shifts[b:]) * WINDOW * _room(told[b:])])
         told_t = torch.cat([t[:b], self.schedule.t(told[b:].clamp(max=max(self._clean, float(self.start.lam[n - 1]))))])
         return Grid(t, lam, self.schedule.model_time(told_t), self.schedule, "learned")
@@ -159,7 +163,8 @@ class Parameters:
         with torch.no_grad():
             plan = self.plan()
             fields: dict[str, Any] = {
-                name: getattr(plan, name).detach().clone() for name in ("state", "output", "alpha", "sigma", "model_time", "in_scale")
+                name: getattr(plan, name).detach().clone()
+                for name in ("state", "output", "alpha", "sigma", "model_time", "in_scale")
             }  # fmt: skip
             return replace(plan, **fields, provenance=dict(provenance or {})).validate(strict=False)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.learn.fitting.runner import Trace, run
+from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.plan import SolverPlan
-from dataclasses import replace
 
 
 def least_squares(plan: SolverPlan, problem: Problem, *, ridge: float = 1e-3, free: bool = False) -> SolverPlan:
@@ -57,4 +58,7 @@ def least_squares(plan: SolverPlan, problem: Problem, *, ridge: float = 1e-3, fr
 def _solved(regressors: list[Tensor], right: Tensor, ridge: float) -> Tensor:
     a = torch.stack([r.double().reshape(-1) for r in regressors], 1)
     normal = a.T @ a
-    return torch.linalg.solve(normal + ridge * torch.diag(normal.diagonal().clamp(min=1e-30)), a.T @ right.double().reshape(-1))
+    solved: Tensor = torch.linalg.solve(
+        normal + ridge * torch.diag(normal.diagonal().clamp(min=1e-30)), a.T @ right.double().reshape(-1)
+    )
+    return solved

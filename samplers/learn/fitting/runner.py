@@ -34,8 +34,8 @@ class Trace:
     def summed(self, plan: SolverPlan) -> Trace:
         """With the state that ``plan`` makes of the last output, which none has been made of yet."""
         i = len(self.outputs) - 1
-        rows = [v[i].tolist() for v in (plan.state, plan.output)]
-        return Trace((*self.states, advance(*rows, list(self.states), list(self.outputs))), self.outputs)
+        state, output = plan.state[i].tolist(), plan.output[i].tolist()
+        return Trace((*self.states, advance(state, output, list(self.states), list(self.outputs))), self.outputs)
 
 
 def run(plan: SolverPlan, problem: Problem, *, begin: Trace | None = None, rows: int | None = None) -> Trace:
@@ -101,7 +101,8 @@ def _output(numbers: _Numbers, i: int, x: Tensor, problem: Problem) -> Tensor:
         raw: Any = checkpoint(problem.network, given, numbers.time[i], problem.which, use_reentrant=False)
     else:
         raw = problem.network(given, numbers.time[i], problem.which)
-    return (numbers.p[i] * x + numbers.q[i] * raw.to(x.dtype)).to(x.dtype)
+    converted: Tensor = numbers.p[i] * x + numbers.q[i] * raw.to(x.dtype)
+    return converted.to(x.dtype)
 
 
 def _learnable(plan: SolverPlan) -> None:

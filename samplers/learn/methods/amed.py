@@ -51,7 +51,9 @@ class AveragedAMED:
         middle = self._lam[:-1] + share * self._lam.diff()
         lam = torch.stack([self.outer.lam[:-1], middle], 1).reshape(-1)
         grid = Grid.lambdas(schedule, torch.cat([lam, self.outer.lam[-1:]]), name="amed")
-        told = schedule.model_time(schedule.t(middle + 0.5 * torch.tanh(self._vector[:, 2]) * (1 - share) * self._lam.diff()))
+        told = schedule.model_time(
+            schedule.t(middle + 0.5 * torch.tanh(self._vector[:, 2]) * (1 - share) * self._lam.diff())
+        )
         times = grid.model_time.clone()
         times[1::2] = told
         grid = grid.with_model_time(times)
@@ -75,7 +77,7 @@ def amed(
     grid: Grid | None = None,
     iterations: int = 6,
     seconds: float = math.inf,
-    report: Callable[[Iteration], None] | None = None,
+    report: Callable[[Iteration], bool | None] | None = None,
 ) -> SolverPlan:
     """AMED-Solver's numbers, one triple a step for all samples, fitted to the end of the teacher's trajectories.
 

@@ -23,6 +23,9 @@ from fewstep.samplers.solvers.unipc import UniPC
 
 BOUND = 0.5
 """How far a ratio may be from 1; beyond, it fits its ten trajectories and no others."""
+SHRINK = 0.03
+"""What a ratio at the bound has to gain, as a share of the error: where little depends on it, it stays near 1, and ratios of
+neighbouring settings are alike, without which nothing could be predicted from them."""
 
 
 def dc_search(
@@ -58,7 +61,7 @@ def dc_search(
         def miss(r: float, i: int = i, begin: Trace = begin, last: int = last, goal: Any = goal) -> float:
             tried = DCSolver(base, (*ratios[:i], float(r), *ratios[i + 1 :]))
             end = run(tried.compile(problem.schedule, grid), some, begin=begin, rows=last).end
-            return float(rms(end, goal).mean())
+            return float(rms(end, goal).mean()) * (1 + SHRINK * ((r - 1) / BOUND) ** 2)
 
         found = minimize_scalar(miss, bounds=(1 - BOUND, 1 + BOUND), method="bounded", options={"maxiter": evaluations})
         if found.fun < miss(1.0):

@@ -72,7 +72,8 @@ def gits(problem: Problem, nfe: int, *, metric: Metric = "dev", coefficient: flo
 
     def deviation(x: Tensor) -> Tensor:
         along = x - states[0]
-        return (along - (along * unit).sum(-1, keepdim=True) * unit).norm(dim=-1)
+        across: Tensor = along - (along * unit).sum(-1, keepdim=True) * unit
+        return across.square().sum(-1).sqrt()
 
     rows, own = [], deviation(states)
     for arrivals in _euler(states, slopes, time):
@@ -121,7 +122,7 @@ def _denoised(problem: Problem, lam: Tensor, generator: torch.Generator) -> Tens
             draw = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
             path = path + torch.sqrt(rho2 - variance) * draw
             variance = rho2
-            alpha, sigma = schedule.alpha_sigma(at)
+            alpha, _ = schedule.alpha_sigma(at)
             x = (alpha * (clean + path)).to(problem.targets.dtype)
             found.append(_x0(problem, x, at))
     return torch.stack(found[::-1]).flatten(2)
@@ -164,4 +165,3 @@ def _through(problem: Problem, lam: Tensor, name: str) -> Grid:
     """From pure noise through these lambdas to sigma = 0."""
     start = problem.lam[:1]
     return Grid.lambdas(problem.schedule, torch.cat([start, lam[1:], f64([math.inf])]), name=name)
-

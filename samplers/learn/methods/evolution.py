@@ -153,14 +153,16 @@ def autodiffusion(
         chosen = sorted(set(times))
         if len(chosen) < nfe - 1 or chosen[:1] == [0]:
             return None
-        points = Grid.lambdas(problem.schedule, lam[[0, *chosen]].tolist() + [math.inf], name="autodiffusion")
+        points = Grid.lambdas(problem.schedule, [*lam[[0, *chosen]].tolist(), math.inf], name="autodiffusion")
         return solver.compile(problem.schedule, points)
 
     def mutate(i: int, randomness: np.random.Generator) -> int:
         return int(np.clip(i + randomness.integers(-3, 4), 1, len(lam) - 1))
 
     found = evolve(starts, mutate, build, objective or latent_error(problem), options or Evolution(), report=report)
-    return Grid.lambdas(problem.schedule, lam[[0, *sorted(set(found.genes))]].tolist() + [math.inf], name="autodiffusion")
+    return Grid.lambdas(
+        problem.schedule, [*lam[[0, *sorted(set(found.genes))]].tolist(), math.inf], name="autodiffusion"
+    )
 
 
 def _nearest(lam: Tensor, wanted: Sequence[float]) -> list[int]:
@@ -212,7 +214,13 @@ def s3(
         return replace(decision, basis="noise" if decision.basis == "data" else "data", variable="lambda")
 
     return evolve(
-        starts, mutate, build, objective or latent_error(problem), options or Evolution(), features=_described, report=report
+        starts,
+        mutate,
+        build,
+        objective or latent_error(problem),
+        options or Evolution(),
+        features=_described,
+        report=report,
     )
 
 

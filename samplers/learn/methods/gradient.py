@@ -55,10 +55,14 @@ def fit(
     parameters = Parameters(solver, problem.schedule, grid, parts)
     before = float(error(parameters.frozen(), held_out).mean())
     history: list[float] = []
-    share = replace(options, iterations=max(1, options.iterations // len(stages)), seconds=options.seconds / len(stages))
+    share = replace(
+        options, iterations=max(1, options.iterations // len(stages)), seconds=options.seconds / len(stages)
+    )
     for k, stage in enumerate(stages):
         with parameters.only(stage):
-            history += descend(parameters, train, held_out, replace(share, seed=options.seed + k), loss=loss, report=report)
+            history += descend(
+                parameters, train, held_out, replace(share, seed=options.seed + k), loss=loss, report=report
+            )
     made: dict[str, Any] = {
         **problem.about, "method": name, "loss": history, "error_before": before,
         "error_after": float(error(parameters.frozen(), held_out).mean()),
@@ -66,7 +70,9 @@ def fit(
     return parameters.frozen(made)
 
 
-def ld3(problem: Problem, nfe: int, *, relax: float | None = None, options: Descent | None = None, **start: Any) -> SolverPlan:
+def ld3(
+    problem: Problem, nfe: int, *, relax: float | None = None, options: Descent | None = None, **start: Any
+) -> SolverPlan:
     """The grid and, apart from it, the times that the network is told.
 
     The objective is relaxed: the student may start up to ``relax`` (RMS) away from the noise. The default is the authors'
@@ -85,7 +91,9 @@ def time_tuner(problem: Problem, nfe: int, **options: Any) -> SolverPlan:
     return fit("time_tuner", problem, nfe, [("times",)], **options)
 
 
-def s4s(problem: Problem, nfe: int, *, alternate: bool = True, options: Descent | None = None, **start: Any) -> SolverPlan:
+def s4s(
+    problem: Problem, nfe: int, *, alternate: bool = True, options: Descent | None = None, **start: Any
+) -> SolverPlan:
     """The multistep coefficients or, alternately, the times and the coefficients, on LD3's relaxed objective.
 
     Source: S4S: Solving for a Diffusion Model Solver, 2502.17423, sections 3 and 4.

@@ -11,7 +11,9 @@ from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.solvers.ems import ModelStatistics
 
 
-def ems(problem: Problem, *, samples: int = 32, probes: int = 2, scalar: bool = False, seed: int = 0) -> ModelStatistics:
+def ems(
+    problem: Problem, *, samples: int = 32, probes: int = 2, scalar: bool = False, seed: int = 0
+) -> ModelStatistics:
     """l, s and b of a model at the teacher's lambdas, from its own trajectories.
 
         l = E diag(sigma d eps / dx), by Hutchinson's estimator: v * (J' v) with random signs v
@@ -51,13 +53,15 @@ def ems(problem: Problem, *, samples: int = 32, probes: int = 2, scalar: bool = 
         (sigma[k] * scaled[k] - linear[k] * some.states[i].double()) / alpha[k] for k, i in enumerate(usable)
     ])  # fmt: skip
     # at fixed l: l varies with lambda too, and f is what the solver integrates
-    change = torch.stack(torch.gradient(f, spacing=(lam,), dim=0))[0]  # type: ignore[call-overload]
+    change = torch.stack(torch.gradient(f, spacing=(lam,), dim=0))[0]
     over = tuple(range(1, f.ndim)) if scalar else (1,)
     mean_f, mean_c = f.mean(over, keepdim=True), change.mean(over, keepdim=True)
     variance = (f - mean_f).square().mean(over).clamp(min=1e-12)
     s = ((f - mean_f) * (change - mean_c)).mean(over) / variance
     b = mean_c.squeeze(1) - s * mean_f.squeeze(1) if not scalar else mean_c.reshape(-1) - s * mean_f.reshape(-1)
-    return ModelStatistics(lam, linear, s, b * (0 if scalar else 1), {**problem.about, "samples": len(some), "probes": probes})
+    return ModelStatistics(
+        lam, linear, s, b * (0 if scalar else 1), {**problem.about, "samples": len(some), "probes": probes}
+    )
 
 
 def _slope(problem: Problem, i: int, probes: int, randomness: torch.Generator) -> tuple[Tensor, Tensor]:

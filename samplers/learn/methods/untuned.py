@@ -55,5 +55,7 @@ def untuned(problem: Problem, nfe: int, *, samples: int = 16) -> list[Untuned]:
     found = [Untuned(s, g, p, float(error(p, some).mean())) for s, g, p in candidates(problem.schedule, nfe)]
     found = sorted((u for u in found if math.isfinite(u.error)), key=lambda u: u.error)
     if not found:
-        raise FewstepError(f"no solver makes finite samples of this model in {nfe!r} calls; give a whole number of at least 1")
+        raise FewstepError(
+            f"no solver makes finite samples of this model in {nfe!r} calls; give a whole number of at least 1"
+        )
     return found

@@ -27,7 +27,9 @@ def denoiser_of(pipe: Any) -> nn.Module:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
             return module
-    raise FewstepError(f"{type(pipe).__name__} has neither a unet nor a transformer; learning needs the network it calls")
+    raise FewstepError(
+        f"{type(pipe).__name__} has neither a unet nor a transformer; learning needs the network it calls"
+    )
 
 
 @dataclass
@@ -52,7 +54,7 @@ def _watching(pipe: Any) -> Iterator[list[_Step]]:
     steps: list[_Step] = []
 
     def seen(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((args, kwargs, _tensor(output)))
+        calls.append((args, kwargs, _tensor(output).detach()))
 
     scheduler = pipe.scheduler
     step = scheduler.step
@@ -80,7 +82,7 @@ def _tensor(output: Any) -> Tensor:
     found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     if not isinstance(found, Tensor):
         raise FewstepError(f"the denoiser returned a {type(found).__name__}; a tensor is needed")
-    return found.detach()
+    return found
 
 
 class GuidedDenoiser:
@@ -123,8 +125,7 @@ class GuidedDenoiser:
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         with _weights_left_out(self._denoiser):
             output = self._denoiser(*args, **kwargs)
-        raw = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        raw = raw[:, : self._channels].to(x.dtype)
+        raw = _tensor(output)[:, : self._channels].to(x.dtype)
         if k == 1:
             return raw
         away, towards = raw.chunk(2)[:: -1 if self._flip else 1]
@@ -136,11 +137,15 @@ class GuidedDenoiser:
         if isinstance(first, Tensor) and first.ndim and len(first) == self._copies:
             if any(v.shape != first.shape for v in values):
                 shapes = sorted({tuple(v.shape) for v in values})
-                raise FewstepError(f"prompts give conditionings of different shapes {shapes}; learn from prompts of one")
+                raise FewstepError(
+                    f"prompts give conditionings of different shapes {shapes}; learn from prompts of one"
+                )
             return _Own(torch.stack([v.detach() for v in values]))
         same = all(torch.equal(v, first) if isinstance(first, Tensor) else v == first for v in values)
         if not same:
-            raise FewstepError(f"an argument of the denoiser differs between samples but has no batch dimension: {first!r}")
+            raise FewstepError(
+                f"an argument of the denoiser differs between samples but has no batch dimension: {first!r}"
+            )
         return first.detach() if isinstance(first, Tensor) else first
 
     def _order(self, steps: Sequence[_Step]) -> bool:
@@ -179,7 +184,9 @@ class GuidedDenoiser:
                 value = float(torch.as_tensor(leaf).reshape(-1)[0])
                 if any(abs(value * scale - step.timestep) <= 1e-2 * abs(step.timestep) for scale in (1, 1000)):
                     return at
-        raise FewstepError(f"found no {what} among what the denoiser is called with; give the model as a plain callable")
+        raise FewstepError(
+            f"found no {what} among what the denoiser is called with; give the model as a plain callable"
+        )
 
 
 class _Own:
@@ -207,7 +214,11 @@ def _weights_left_out(module: nn.Module) -> Iterator[None]:
 
 
 def capture(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance: Sequence[float], call: dict[str, Any] | None = None
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance: Sequence[float],
+    call: dict[str, Any] | None = None,
 ) -> GuidedDenoiser:
     """The pipeline's denoiser with the conditioning of every (prompt, seed, guidance), from a one-step run of each.
 

@@ -125,7 +125,9 @@ class Problem:
 def noisiest(schedule: NoiseSchedule) -> float:
     """The smallest lambda that a step may be measured from: of the noisiest training time, or where that is pure noise, near."""
     hi, lo = schedule.t_range
-    shares = f64([1.0, 0.9995, 0.998, 0.99])  # zero terminal SNR: a table has nothing between pure noise and its neighbour
+    shares = f64(
+        [1.0, 0.9995, 0.998, 0.99]
+    )  # zero terminal SNR: a table has nothing between pure noise and its neighbour
     lam = schedule.lam(lo + shares * (hi - lo))
     return float(lam[lam.isfinite()][0])
 

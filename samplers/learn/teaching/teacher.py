@@ -15,8 +15,8 @@ from torch import Tensor
 from fewstep.artifact import read_json, read_tensors, write_with_tensors
 from fewstep.errors import ArtifactError, FewstepError
 from fewstep.samplers.executor import Executor, Run
-from fewstep.samplers.learn.teaching.problem import Network, Problem, teacher_grid
 from fewstep.samplers.learn.fitting.runner import rms
+from fewstep.samplers.learn.teaching.problem import Network, Problem, teacher_grid
 from fewstep.samplers.schedule import NoiseSchedule
 from fewstep.samplers.solvers.unipc import UniPC
 
@@ -96,7 +96,9 @@ class Teacher:
 
         self.seeds = list(seeds)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise FewstepError(f"a teacher needs seeds, each once; got {len(self.seeds)}, {len(set(self.seeds))} different")
+            raise FewstepError(
+                f"a teacher needs seeds, each once; got {len(self.seeds)}, {len(set(self.seeds))} different"
+            )
         if steps < 8:
             raise FewstepError(f"a teacher needs at least 8 steps, and rather 64, got {steps}")
         needed = len(self.seeds) if family(type(pipe)) != "unconditional" else 0
@@ -160,7 +162,9 @@ class Teacher:
     def _chunk(self, network: Network, noise: Tensor, which: Tensor, about: dict[str, Any], big: bool) -> Problem:
         mine = {**about, "steps": self.steps, "seeds": [self.seeds[i] for i in which.tolist()]}
         mine["guidance"] = [self.guidance[i] for i in which.tolist()]
-        mine["prompts_sha256"] = hashlib.sha256(json.dumps([self.prompts[i] for i in which.tolist()]).encode()).hexdigest()
+        mine["prompts_sha256"] = hashlib.sha256(
+            json.dumps([self.prompts[i] for i in which.tolist()]).encode()
+        ).hexdigest()
         path = None if self.folder is None else self.folder / f"trajectories-{int(which[0]):05d}.json"
         if path is not None and path.exists():
             body = read_json(path, KIND, ("about", "arrays", "arrays_sha256"))
@@ -172,9 +176,7 @@ class Teacher:
                 )
             kept = read_tensors(path.with_name(str(body["arrays"])), body["arrays_sha256"], ("lam", "states"))
             return Problem(network, self.schedule, noise[which], kept["lam"], kept["states"], which, big, about)
-        made = solve(
-            network, self.schedule, noise[which], steps=self.steps, which=which, about=about, checkpoint=big
-        )
+        made = solve(network, self.schedule, noise[which], steps=self.steps, which=which, about=about, checkpoint=big)
         if path is not None:
             write_with_tensors(path, KIND, {"about": mine}, {"lam": made.lam, "states": made.states})
         return made

@@ -1,4 +1,5 @@
-"""The command line: ``fewstep models | doctor | generate | sweep | status | report | compare | best | tune``, one file each.
+"""The command line: ``fewstep models | doctor | generate | sweep | status | report | compare | best | tune | quantize``,
+one file each.
 
 Nothing heavy is imported before a command needs it: ``fewstep --help`` loads neither torch nor diffusers.
 
@@ -23,6 +24,7 @@ from fewstep.cli.doctor import doctor
 from fewstep.cli.generate import generate
 from fewstep.cli.models import models
 from fewstep.cli.options import FAILED
+from fewstep.cli.quantize import quantize
 from fewstep.cli.report import report
 from fewstep.cli.status import status
 from fewstep.cli.sweep import sweep
@@ -34,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (models, doctor, generate, sweep, status, report, compare, best, tune):
+for command in (models, doctor, generate, sweep, status, report, compare, best, tune, quantize):
     app.command()(command)
 
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -25,4 +25,24 @@ def doctor() -> None:
         table.add_row(f"device {device}", works + (f" (not {fails})" if fails else ""))
     for extra, state in extras().items():
         table.add_row(escape(f"extra [{extra}]"), escape(state))
+    for what, state in backends():
+        table.add_row(escape(what), escape(state))
     Console().print(table)
+
+
+def backends() -> list[tuple[str, str]]:
+    """Of every backend of quantised layers and device, which formats (activations x weights) it multiplies, or why none."""
+    from fewstep.quant import kernels
+
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in kernels.backends():
+        pair = "" if row.activation == row.weight == "any" else f"{row.activation} x {row.weight}"
+        state = (
+            (pair or "everything")
+            if row.usable
+            else f"{pair} not: {row.problem}"
+            if pair
+            else f"not usable: {row.problem}"
+        )
+        found.setdefault((row.backend, row.device), []).append(state)
+    return [(f"quant {backend} on {device}", "; ".join(states)) for (backend, device), states in found.items()]

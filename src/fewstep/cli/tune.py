@@ -11,7 +11,9 @@ from fewstep.cli.options import DeviceOption, duration, number, say
 
 
 def tune(
-    sampler: Annotated[bool, typer.Option("--sampler", help="Learn a sampler: a plan of few calls for this model.")] = False,
+    sampler: Annotated[
+        bool, typer.Option("--sampler", help="Learn a sampler: a plan of few calls for this model.")
+    ] = False,
     model: Annotated[
         str,
         typer.Option("--model", "-m", help="An embedded model (`fewstep models`), or the folder of a saved pipeline."),
@@ -21,13 +23,19 @@ def tune(
         list[float] | None,
         typer.Option("--guidance", "-g", help="Guidance to learn for; repeat it for a plan that serves several.  [4]"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plan's JSON file; its arrays lie beside it.")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan's JSON file; its arrays lie beside it.")] = Path(
+        "plan.json"
+    ),
     plot: Annotated[Path | None, typer.Option(help="A PNG of the loss and the learned grid.  [OUT with .png]")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt a line; the embedded model's own if left out.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, a prompt a line; the embedded model's own if left out.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="How long to learn, after the teacher.")] = 15.0,
     trajectories: Annotated[int, typer.Option(help="How many trajectories; a third of them is only judged by.")] = 64,
     teacher_steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 64,
-    work: Annotated[Path | None, typer.Option(help="Keep the teacher's trajectories here; a stopped run goes on from them.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep the teacher's trajectories here; a stopped run goes on from them.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Learn a sampler for a model: fewer calls for the same pictures, in minutes."""

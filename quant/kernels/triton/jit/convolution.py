@@ -1,6 +1,6 @@
+# type: ignore  # Triton's language looks like Python but has other types
 """int8 convolution of NHWC images as a matrix product whose left matrix is never written down (implicit GEMM)."""
 
-# mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201
 
 import triton

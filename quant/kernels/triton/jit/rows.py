@@ -1,6 +1,6 @@
+# type: ignore  # Triton's language looks like Python but has other types
 """Quantisation of rows, with the smoothing division before it and the low-rank down-projection beside it."""
 
-# mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201
 
 import triton
