@@ -182,6 +182,6 @@ def test_a_reused_residual_follows_the_sample():
 
 
 def test_the_schedulers_here_take_the_corrected_grid_literally():
-    schedule = samplers.FlowScheduler(flow_shift=3.0)
+    schedule = samplers.FlowScheduler.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
     schedule.set_timesteps(sigmas=[1.0, 0.8, 0.35])
     np.testing.assert_allclose(schedule.sigmas[:-1], [1.0, 0.8, 0.35], rtol=1e-6)
