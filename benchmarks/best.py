@@ -99,7 +99,7 @@ class Effort:
         return [*range(self.seeds)]
 
 
-LIGHT = Effort(seeds=2, rounds=0, finalists=4, kept=16)
+LIGHT = Effort(seeds=2, rounds=0, finalists=4, kept=8)
 """For models that take long: what was best on LIGHT_FROM at the same guidance and calls, and the usual solvers and grids."""
 LIGHT_FROM = "fashion-dit-small"
 

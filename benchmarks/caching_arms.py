@@ -32,7 +32,7 @@ def ours(*methods: Any) -> Peer:
 
     @contextmanager
     def arm(pipe: Any, steps: int) -> Iterator[Callable[[], None]]:
-        made = [m(pipe, steps) if callable(m) else m for m in methods]
+        made: list[Any] = [m(pipe, steps) if callable(m) else m for m in methods]
         with caching.applied(pipe, made) as controller:
             yield controller.reset
 
@@ -40,12 +40,13 @@ def ours(*methods: Any) -> Peer:
 
 
 def label(method: Any) -> str:
-    """A method as it would be written, its first option always, the others where they are not the default."""
-    first = next(f for f in fields(method) if not f.kw_only)
+    """A method as it would be written, its main option always, the others where they are not the default."""
+    positional = [f.name for f in fields(method) if not f.kw_only]
+    first = next((name for name in positional if name in ("interval", "threshold")), positional[0])
     told = [
         f"{f.name}={_short(getattr(method, f.name))}"
         for f in fields(method)
-        if f.name != "timesteps" and (f is first or getattr(method, f.name) != f.default)
+        if f.name != "timesteps" and (f.name == first or getattr(method, f.name) != f.default)
     ]
     return f"{type(method).__name__}({', '.join(told)})"
 

@@ -21,8 +21,8 @@ PLAN = "plan 50"
 def at_equal_macs(entries: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """Of every method its error at our plan's MACs: (method, MACs that it is read at, error).
 
-    Between two settings the logarithm of the error is taken to be linear in the MACs. Where all settings take more, or all
-    less, the nearest one's error stands, and its MACs are said.
+    Between two settings on the method's own front the logarithm of the error is taken to be linear in the MACs. Where all
+    settings take more, or all less, the nearest one's error stands, and its MACs are said.
     """
     done = {e["arm"]: e for e in entries if "macs" in e}
     if PLAN not in done:
@@ -30,14 +30,10 @@ def at_equal_macs(entries: Sequence[dict[str, Any]]) -> list[tuple[str, float, f
     wanted = done[PLAN]["macs"]
     found = []
     for name in dict.fromkeys(map(curve, done)):
-        points = sorted(
-            (e["macs"], e["latent_rms"]) for e in done.values() if curve(e["arm"]) == name and "+" not in e["arm"]
-        )
-        best: dict[float, float] = {}
-        for macs, error in points:  # of settings with equal MACs the better one
-            best[round(macs, 4)] = min(error, best.get(round(macs, 4), np.inf))
-        x, y = np.array(list(best)), np.log(np.maximum(list(best.values()), 1e-12))
-        if name.startswith("plan") or not len(x):
+        points = sorted((e["macs"], e["latent_rms"]) for e in done.values() if curve(e["arm"]) == name)
+        front = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
+        x, y = np.array([p[0] for p in front]), np.log(np.maximum([p[1] for p in front], 1e-12))
+        if name.startswith("plan"):
             continue
         at = float(np.clip(wanted, x.min(), x.max()))
         found.append((name, at, float(np.exp(np.interp(at, x, y)))))
@@ -65,8 +61,8 @@ def page(body: dict[str, Any]) -> str:
         rows = [[n, f"{at:.1%}", f"{error:.4f}", f"{error / ours_['latent_rms']:.2f}"] for n, at, error in equal]
         text += (
             f"## At the MACs of our calibrated plan\n\nThe plan takes {ours_['macs']:.1%} and errs by {ours_['latent_rms']:.4f}. "
-            "The others' errors are interpolated between their settings; where these do not reach that far, the nearest one's "
-            f"error stands, at the MACs said.\n\n{table(['method', 'MACs', 'latent RMS', 'times the plan’s'], rows)}\n"
+            "The others' errors are interpolated between their best settings; where these do not reach that far, the nearest "
+            f"one's error stands, at the MACs said.\n\n{table(['method', 'MACs', 'latent RMS', 'times the plan’s'], rows)}\n"
         )
     if body.get("distribution"):
         share = {e["arm"]: f"{e['macs']:.1%}" for e in entries}
@@ -89,6 +85,11 @@ def page(body: dict[str, Any]) -> str:
     return text + provenance(body["machine"])
 
 
+def is_plan(name: str) -> bool:
+    """Whether an arm is a plan file by itself."""
+    return name.startswith("plan") and "+" not in name
+
+
 def picture(out: Path) -> None:
     """Error against MACs of all models measured so far."""
     import matplotlib
@@ -104,11 +105,11 @@ def picture(out: Path) -> None:
     for axis, body in zip(axes[0], bodies, strict=True):
         entries = [e for e in body["arms"] if e.get("latent_rms", 0) > 0]
         for name, colour in colours.items():
-            own = [e for e in entries if kind(e["arm"]) == name and not e["arm"].startswith("plan")]
+            own = [e for e in entries if kind(e["arm"]) == name and not is_plan(e["arm"])]
             axis.scatter(
                 [e["macs"] for e in own], [e["latent_rms"] for e in own], s=16, c=colour, label=name if own else None
             )
-        own = sorted((e for e in entries if e["arm"].startswith("plan")), key=lambda e: e["macs"])
+        own = sorted((e for e in entries if is_plan(e["arm"])), key=lambda e: e["macs"])
         axis.scatter(
             [e["macs"] for e in own],
             [e["latent_rms"] for e in own],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,14 +27,7 @@ def deep_cache(interval: int, branch: int = 0) -> Peer:
 
     @contextmanager
     def peer(pipe: Any, steps: int) -> Iterator[Callable[[], None]]:
-        from DeepCache import DeepCacheSDHelper
-
-        class Helper(DeepCacheSDHelper):  # type: ignore[misc]
-            def enable(self) -> None:  # the original expects attributes of blocks that not every UNet has
-                self.reset_states()
-                self.wrap_modules()
-
-        helper = Helper(pipe=pipe)
+        helper = import_module("DeepCache").DeepCacheSDHelper(pipe=pipe)
         helper.set_params(cache_interval=interval, cache_branch_id=branch)
         forwards = {module: vars(module).get("forward") for module in pipe.unet.modules()}
         helper.enable()
@@ -66,7 +60,7 @@ def diffusers(function: str, config: str, **options: Any) -> Peer:
                 now["timestep"] = float(torch.as_tensor(kwargs["timestep"]).reshape(-1)[0])
 
             model.register_forward_pre_hook(look, with_kwargs=True)
-            given = {"num_inference_steps": steps} if config == "MagCacheConfig" else {}
+            given: dict[str, Any] = {"num_inference_steps": steps} if config == "MagCacheConfig" else {}
             if options.get("current_timestep_callback"):
                 given["current_timestep_callback"] = lambda: now["timestep"]
             getattr(hooks, function)(model, _config(config)(**options | given))
@@ -86,8 +80,7 @@ def cache_dit(threshold: float, front: int = 1, back: int = 0, warmup: int = 1, 
 
     @contextmanager
     def peer(pipe: Any, steps: int) -> Iterator[Callable[[], None]]:
-        import cache_dit as package
-
+        package = import_module("cache_dit")
         with copied(pipe):
             config = package.DBCacheConfig(
                 Fn_compute_blocks=front,
@@ -122,8 +115,6 @@ def copied(pipe: Any) -> Iterator[nn.Module]:
 
 
 def _config(name: str) -> Any:
-    import importlib
-
     homes = ("first_block_cache", "taylorseer_cache", "mag_cache", "faster_cache", "pyramid_attention_broadcast")
-    modules = [importlib.import_module(f"diffusers.hooks.{home}") for home in homes]
+    modules = [import_module(f"diffusers.hooks.{home}") for home in homes]
     return next(getattr(module, name) for module in modules if hasattr(module, name))

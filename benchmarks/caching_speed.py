@@ -1,6 +1,6 @@
 """What caches gain in time: real network sizes with random weights on the CPU, every third call in full.
 
-    python benchmarks/caching_speed.py [--model sd15 dit-xl pixart] [--rounds 3] [--batch 2] [--threads 1]
+    python benchmarks/caching_speed.py [--model sd15 dit-xl pixart] [--rounds 3] [--batch 2] [--size 64]
 
 A schedule is three calls of the network at three times: one in full, two reused. Arms take turns, round by round, each in
 another place; a round also times the network without any cache. The speed-up is three plain calls over the schedule's, medians
@@ -25,7 +25,9 @@ from typing import Any
 import caching_peers as peers
 import numpy as np
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from record import RESULTS, machine, provenance, table, write
 from torch import Tensor, nn
 
@@ -76,8 +78,9 @@ class Timing:
 class Subject:
     """A network with random weights and inputs of its usual size."""
 
-    def __init__(self, name: str, batch: int, narrow: bool = False) -> None:
+    def __init__(self, name: str, batch: int, narrow: bool = False, size: int | None = None) -> None:
         kind, config = NETWORKS[name]
+        config = config | ({"sample_size": size} if size else {})
         torch.manual_seed(0)
         self.name, self.batch = name, batch
         self.model: Any = kind(**config | (NARROW[name] if narrow else {})).eval().requires_grad_(False)
@@ -127,7 +130,6 @@ def arms(subject: Subject) -> tuple[dict[str, Any], dict[str, Arm]]:
         "all blocks": c.Interval(3, ("blocks",)),
         "all but the first block": c.Interval(3, (f"blocks[1:{count}]",)),
         "self-attention only": c.Interval(3, tuple(family.branches("attention"))),
-        "FORA": c.FORA(3),
     }
     other = {
         "diffusers FirstBlockCache": peers.diffusers("apply_first_block_cache", "FirstBlockCacheConfig", threshold=1e9),
@@ -232,7 +234,8 @@ def page(bodies: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
             for t in body["timings"]
         ]
         header = ["arm", "CPU seconds of the calls", "wall clock", "CPU time", "bound", "of the bound"]
-        text += f"## {body['model']}, batch {body['batch']}\n\n{table(header, rows)}\n"
+        size = body["latents"]
+        text += f"## {body['model']}, latents {size}x{size}, batch {body['batch']}\n\n{table(header, rows)}\n"
         text += f"A plain call: {body['plain'][0]:.2f} s of wall clock, {body['plain'][1]:.2f} s of CPU time. "
         most = max(body["overhead"].items(), key=lambda item: item[1])
         text += (
@@ -252,21 +255,29 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", type=int, help="side of the latents, where the usual one takes too long")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hooks", type=int, default=40, help="rounds in which the hooks' own time is measured")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     about, bodies = machine(), list[dict[str, Any]]()
     for name in asked.model:
-        subject = Subject(name, asked.batch)
+        subject = Subject(name, asked.batch, size=asked.size)
         taken, plain, failed = timed(subject, asked.rounds)
-        bodies.append({
-            "model": name, "batch": asked.batch, "rounds": asked.rounds, "plain": np.median(plain, axis=0).tolist(),
-            "timings": [asdict(t) for t in summary(subject, taken, plain)], "overhead": overhead(name, asked.hooks),
-            "failed": failed,
-        })  # fmt: skip
-        write(OUT, "speed", {"models": bodies, "machine": about}, page(bodies, about))
+        bodies.append(
+            {
+                "model": name,
+                "latents": subject.model.config.sample_size,
+                "batch": asked.batch,
+                "rounds": asked.rounds,
+                "plain": np.median(plain, axis=0).tolist(),
+                "timings": [asdict(t) for t in summary(subject, taken, plain)],
+                "overhead": overhead(name, asked.hooks),
+                "failed": failed,
+            }
+        )
         print(page(bodies[-1:], about), flush=True)
+    write(OUT, "speed-" + "-".join(asked.model), {"models": bodies, "machine": about}, page(bodies, about))
 
 
 if __name__ == "__main__":

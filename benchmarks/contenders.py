@@ -108,7 +108,7 @@ THEIRS = Side(
         *(f"diffusers:DPMSolverSinglestepScheduler(solver_order={p})" for p in (2, 3)),
     ),
     grids=_THEIR_GRIDS, first=tuple(_THEIR_GRIDS), options=_THEIR_OPTIONS,
-    known=(_MULTISTEP[:6], ("linspace", "trailing", "karras", "exponential")),
+    known=(_MULTISTEP[:6], ("trailing", "karras", "exponential")),
 )  # fmt: skip
 _SHIFTS: dict[str, Options] = {f"flow_shift {s:g}": {"flow_shift": s} for s in (0.5, 1.0, 1.5, 2.0, 3.0)}
 THEIRS_FLOW = Side(
@@ -130,7 +130,7 @@ THEIRS_FLOW = Side(
             "diffusers:FlowMatchEulerDiscreteScheduler", "diffusers:FlowMatchHeunDiscreteScheduler",
             *(f"{spec[:-1]}, {AS_FLOW})" for spec in _MULTISTEP[:6]),
         ),
-        ("flow_shift 0.5", "flow_shift 1", "flow_shift 1.5", "flow_shift 2", "shift 2", "karras", "exponential", "beta"),
+        ("flow_shift 0.5", "flow_shift 1", "flow_shift 1.5", "shift 1", "shift 2"),
     ),
 )  # fmt: skip
 
@@ -175,7 +175,7 @@ _USUAL = (
 )  # fmt: skip
 OURS = Side(
     _OURS, _OUR_GRIDS, ("trailing", "karras", "exponential", "exponential(low=0.1)", "karras(rho=3)"), _OUR_OPTIONS,
-    known=(_USUAL, ("linspace", "trailing", "exponential(low=0.1)")),
+    known=(_USUAL, ("trailing", "exponential(low=0.1)")),
 )  # fmt: skip
 OURS_FLOW = Side(
     solvers=(
@@ -201,7 +201,7 @@ OURS_FLOW = Side(
             *_USUAL[:6], "EMS(final_sigmas_type='zero')", *(f"Flow(solver_order={p})" for p in (2, 3, 4)),
             "Flow(method='flowturbo')",
         ),
-        ("trailing, flow_shift 1", "beta", "beta(a=0.8, b=0.8)", "beta(a=0.8, b=0.8, low=0.05)"),
+        ("beta", "beta(a=0.8, b=0.8)"),
     ),
 )  # fmt: skip
 

@@ -37,6 +37,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "W4A4 naive": quant.Int4,
     "W4A4 SVDQuant r8": lambda: quant.SVDQuant(rank=8, grid=8, iterations=10),
     "W4A8 int": quant.W4A8,
+    "W4A8 GPTQ": quant.GPTQ,
     "W4A8 float (FPQuant)": lambda: quant.FPQuant(steps=60),
     "MixDQ 5 bits": lambda: quant.MixDQ(budget=5.0, splits=5, finalists=2),
     "W4A8 AdaQuant": lambda: quant.AdaQuant(steps=60),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fewstep.caching.methods.early_exit import EarlyExit as EarlyExit
     from fewstep.caching.methods.encoder_propagation import EncoderPropagation as EncoderPropagation
     from fewstep.caching.methods.erta import ERTACache as ERTACache
+    from fewstep.caching.methods.exit_training import train_early_exit_ as train_early_exit_
     from fewstep.caching.methods.fast_attention import search_attention as search_attention
     from fewstep.caching.methods.first_block import DBCache as DBCache
     from fewstep.caching.methods.first_block import FirstBlockCache as FirstBlockCache
@@ -79,6 +80,7 @@ _MODULES = {
     "methods.encoder_propagation": ("EncoderPropagation",),
     "methods.erta": ("ERTACache",),
     "methods.fast_attention": ("search_attention",),
+    "methods.exit_training": ("train_early_exit_",),
     "methods.first_block": ("DBCache", "FirstBlockCache"),
     "methods.interval": ("FORA", "DeltaDiT", "Interval"),
     "methods.magcache": ("MagCache",),

@@ -29,7 +29,7 @@ def profile(
     guidance_scale: float | None = None,
     samples: int = 16,
     seed: int = 10_000,
-    batch: int = 8,
+    batch: int = 1,
     call: Mapping[str, Any] | None = None,
 ) -> CachePlan:
     """The plan that an online method follows most often: at every step and site what it decided for most prompts.
@@ -45,13 +45,13 @@ def profile(
         num_inference_steps: steps of the plan.
         guidance_scale: the pipeline's default where left out.
         samples, seed, batch: how many samples, the seed of the first, and how many at once. An online method decides once
-            for a batch: ``batch=1`` profiles every sample by itself.
+            for a batch, so one at once lets every sample vote.
         call: further arguments of the pipeline.
 
     Raises:
         FewstepError: where the pipeline has a cache already, or lacks the method's sites.
     """
-    runs = _runs(pipe, prompts, samples, num_inference_steps, guidance_scale, seed, batch, call)
+    runs = pipeline_runs(pipe, prompts, samples, num_inference_steps, guidance_scale, seed, batch, call)
     return profiled(runs, method)
 
 
@@ -157,7 +157,7 @@ def watch_runs(
         begin: makes, for each trajectory of each stream, the function that is shown its steps.
         prompts, num_inference_steps, guidance_scale, samples, seed, batch, call: as of :func:`profile`.
     """
-    runs = _runs(pipe, prompts, samples, num_inference_steps, guidance_scale, seed, batch, call)
+    runs = pipeline_runs(pipe, prompts, samples, num_inference_steps, guidance_scale, seed, batch, call)
     with applied(pipe, _Watching(at, begin)) as controller, _observed(controller.caches):
         for start in range(0, len(runs), runs.batch):
             runs.batch_latents(start)
@@ -187,7 +187,7 @@ def _show(call: Call, output: Any) -> None:
     watcher.see(Sight(call.step, watcher.entry, tensors[0], first))
 
 
-def _runs(
+def pipeline_runs(
     pipe: Any,
     prompts: Sequence[str] | None,
     samples: int,

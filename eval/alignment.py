@@ -243,7 +243,8 @@ def hits(logits: Tensor, prompts: Sequence[str], classes: Sequence[str]) -> list
     """
     if len(prompts) != len(logits):
         raise FewstepError(f"there are {len(prompts)} prompts for {len(logits)} images; give one each")
-    wanted = torch.tensor([prompted_class(prompt, classes) for prompt in prompts])
+    number = {prompt: prompted_class(prompt, classes) for prompt in set(prompts)}
+    wanted = torch.tensor([number[prompt] for prompt in prompts])
     right: list[bool] = (logits.argmax(dim=-1).cpu() == wanted).tolist()
     return right
 

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.eval import fingerprint
-from fewstep.eval.alignment import AccuracyStream, Clip, ClipLike, ClipStream, accuracy, clip_definition, hits, load_clip
+from fewstep.eval.alignment import (
+    AccuracyStream,
+    Clip,
+    ClipLike,
+    ClipStream,
+    accuracy,
+    clip_definition,
+    hits,
+    load_clip,
+)
 from fewstep.eval.distribution.collect import Collected, Need, Pass
 from fewstep.eval.distribution.feature_cache import FeatureCache
 from fewstep.eval.distribution.feature_metrics import (
@@ -107,9 +116,7 @@ class Accuracy:
 
     def score(self, collected: Collected) -> Score:
         """The score of what was collected for :attr:`need`."""
-        return accuracy(
-            hits(collected.features.values, collected.prompts, self._classes), self._title, self._classes
-        )
+        return accuracy(hits(collected.features.values, collected.prompts, self._classes), self._title, self._classes)
 
     def start(self) -> Stream:
         return AccuracyStream(self._classifier, self._classes, self._title)

@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from fewstep.quant.allocation.allocate import allocate_bits as allocate_bits
     from fewstep.quant.allocation.allocate import fewest_bits as fewest_bits
     from fewstep.quant.apply import dequantize_ as dequantize_
-    from fewstep.quant.apply import plan_of as plan_of
     from fewstep.quant.apply import quantize_ as quantize_
     from fewstep.quant.calibration.calls import Call as Call
     from fewstep.quant.calibration.calls import record as record
+    from fewstep.quant.correction import Correction as Correction
+    from fewstep.quant.correction import correct_ as correct_
+    from fewstep.quant.correction import fit_correction as fit_correction
+    from fewstep.quant.correction import remove_correction_ as remove_correction_
     from fewstep.quant.formats import Format as Format
     from fewstep.quant.formats import Quantized as Quantized
     from fewstep.quant.layer_plan import LayerPlan as LayerPlan
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from fewstep.quant.lora import remove_lora_ as remove_lora_
     from fewstep.quant.methods.adaquant import AdaQuant as AdaQuant
     from fewstep.quant.methods.fpquant import FPQuant as FPQuant
+    from fewstep.quant.methods.gptq import GPTQ as GPTQ
     from fewstep.quant.methods.mixdq import MixDQ as MixDQ
     from fewstep.quant.methods.mixed import MixedPrecision as MixedPrecision
     from fewstep.quant.methods.nearest import FP4 as FP4
@@ -40,25 +44,29 @@ if TYPE_CHECKING:
     from fewstep.quant.methods.trained import QuEST as QuEST
     from fewstep.quant.plan import QuantPlan as QuantPlan
     from fewstep.quant.report import QuantReport as QuantReport
+    from fewstep.quant.state import plan_of as plan_of
     from fewstep.quant.storage import load_ as load_
     from fewstep.quant.storage import save as save
 
 _MODULES = {
     "allocation.allocate": ("allocate_bits", "fewest_bits"),
-    "apply": ("dequantize_", "plan_of", "quantize_"),
+    "apply": ("dequantize_", "quantize_"),
     "calibration.calls": ("Call", "record"),
+    "correction": ("Correction", "correct_", "fit_correction", "remove_correction_"),
     "formats": ("Format", "Quantized"),
     "layer_plan": ("LayerPlan",),
     "layers": ("QuantConv2d", "QuantLinear"),
     "methods.adaquant": ("AdaQuant",),
     "methods.fpquant": ("FPQuant",),
     "lora": ("add_lora_", "remove_lora_"),
+    "methods.gptq": ("GPTQ",),
     "methods.mixdq": ("MixDQ",),
     "methods.mixed": ("MixedPrecision",),
     "methods.nearest": ("Binary", "FP4", "FP8", "Int4", "Int8", "W4A8"),
     "methods.svdquant": ("SVDQuant",),
     "methods.trained": ("BinaryDM", "BitsFusion", "EfficientDM", "QuEST"),
     "plan": ("QuantPlan",),
+    "state": ("plan_of",),
     "report": ("QuantReport",),
     "storage": ("load_", "save"),
 }
@@ -67,12 +75,14 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "FP4",
     "FP8",
+    "GPTQ",
     "W4A8",
     "AdaQuant",
     "Binary",
     "BinaryDM",
     "BitsFusion",
     "Call",
+    "Correction",
     "EfficientDM",
     "FPQuant",
     "Format",
@@ -90,13 +100,16 @@ __all__ = [
     "SVDQuant",
     "add_lora_",
     "allocate_bits",
+    "correct_",
     "dequantize_",
     "fewest_bits",
+    "fit_correction",
     "kernels",
     "load_",
     "plan_of",
     "quantize_",
     "record",
+    "remove_correction_",
     "remove_lora_",
     "save",
 ]

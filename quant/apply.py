@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +23,8 @@ from fewstep.quant.methods.base import Method
 from fewstep.quant.methods.mixed import MixedPrecision
 from fewstep.quant.plan import QuantPlan
 from fewstep.quant.report import QuantReport
-from fewstep.quant.sites import Site, canonical, quantized_layers, sites
-
-RECORD = "_fewstep_quant"
-
-
-@dataclass
-class Record:
-    """What a quantised network remembers of itself.
-
-    Attributes:
-        plan: its formats.
-        originals: the float layers by name, where they were kept.
-    """
-
-    plan: QuantPlan
-    originals: dict[str, nn.Module]
+from fewstep.quant.sites import Site, quantized_layers, sites
+from fewstep.quant.state import RECORD, Record, check_untouched, evaluating, swap, twin, unwrapped
 
 
 def quantize_(
@@ -101,13 +84,13 @@ def quantize_(
         made = _solve(model, method, plan, calls, checkpoint, rows, budget, progress)
         quantized = _assembled(model, plan, made, backend)
         record = Record(plan, {})
-        record.originals = _swap(model, quantized)
+        record.originals = swap(model, quantized)
         try:
             record_noise = _noise(record.originals, quantized)
             findings, error = _finish(model, record, method, calls)
             _check_backends(quantized, model, calls)
         except BaseException:
-            _swap(model, record.originals)
+            swap(model, record.originals)
             raise
     if not keep_originals:
         record.originals = {}
@@ -132,9 +115,12 @@ def dequantize_(module: nn.Module) -> int:
     Returns:
         How many layers were replaced.
     """
+    from fewstep.quant.correction import remove_correction_
+
     model = unwrapped(module)
     record: Record | None = getattr(model, RECORD, None)
     layers = quantized_layers(model)
+    remove_correction_(model)
     originals = record.originals if record else {}
     floats = {}
     for name, layer in layers.items():
@@ -142,46 +128,10 @@ def dequantize_(module: nn.Module) -> int:
         dtype = next(m.dtype for m in layer.modules() if isinstance(m, QuantLayer))
         floats[name] = originals[name].to(like.device, dtype) if name in originals else unbuild(layer)
         floats[name].train(layer.training)
-    _swap(model, floats)
+    swap(model, floats)
     if record is not None:
         delattr(model, RECORD)
     return len(layers)
-
-
-def plan_of(module: nn.Module) -> QuantPlan | None:
-    """The plan that a network was quantised by, None for a float one."""
-    record: Record | None = getattr(unwrapped(module), RECORD, None)
-    return None if record is None else record.plan
-
-
-def unwrapped(module: Any) -> nn.Module:
-    """The network within what ``torch.compile`` made of it; FewstepError for something that is no network."""
-    model = getattr(module, "_orig_mod", module)
-    if not isinstance(model, nn.Module):
-        hint = "; give a component, such as pipe.unet or pipe.transformer" if hasattr(module, "components") else ""
-        raise FewstepError(f"{type(module).__name__} is no network that could be quantised{hint}")
-    return model
-
-
-def check_untouched(model: nn.Module) -> None:
-    """Raises FewstepError for a network that is quantised already, or whose layers are offloaded one by one."""
-    if layers := quantized_layers(model):
-        raise FewstepError(f"{type(model).__name__} has {len(layers)} quantised layers already; dequantize_ it first")
-    for site in sites(model):
-        if getattr(site.module, "_hf_hook", None) is not None:
-            raise FewstepError(f"{site.name} has an offload hook; quantise first, then enable offloading")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside, as before after."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _solve(
@@ -237,18 +187,6 @@ def _assembled(
     return layers
 
 
-def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Hang ``layers`` in by name; what hung there before is returned."""
-    paths = {canonical(path): path for path, _ in model.named_modules()}
-    before = {}
-    for name, layer in layers.items():
-        parent, _, last = paths[name].rpartition(".")
-        holder = model.get_submodule(parent)
-        before[name] = holder._modules[last]
-        holder._modules[last] = layer
-    return before  # type: ignore[return-value]
-
-
 def _noise(floats: Mapping[str, nn.Module], quantized: Mapping[str, nn.Module]) -> dict[str, float]:
     """Signal to noise ratio of each weight, in dB."""
     found = {}
@@ -279,17 +217,6 @@ def _finish(
                 noise += float((got - want).square().sum())
                 signal += float(want.square().sum())
     return findings, math.sqrt(noise / signal) if signal else None
-
-
-@contextmanager
-def twin(model: nn.Module, record: Record) -> Iterator[nn.Module]:
-    """The float network beside the quantised one: a copy of the modules' skeleton that shares every parameter."""
-    memo: dict[int, Any] = {id(p): p for p in (*model.parameters(), *model.buffers())}
-    memo |= {id(layer): layer for layer in quantized_layers(model).values()}
-    memo |= {id(record): None}
-    original = copy.deepcopy(model, memo)
-    _swap(original, record.originals)
-    yield original
 
 
 def _check_backends(layers: Mapping[str, nn.Module], model: nn.Module, calls: Sequence[Call]) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError, unknown
-from fewstep.quant.apply import unwrapped
 from fewstep.quant.layers.base import QuantLayer
 from fewstep.quant.sites import quantized_layers
+from fewstep.quant.state import unwrapped
 from fewstep.quant.views import weight_matrix
 
 Adapter = tuple[Tensor, Tensor]
@@ -62,17 +62,18 @@ def remove_lora_(module: nn.Module) -> int:
     count = 0
     for layer in quantized_layers(unwrapped(module)).values():
         if isinstance(layer, QuantLayer) and layer.added:
-            rank = layer.plan.rank
-            for name, cut in (("down", lambda t, r=rank: t[:r]), ("up", lambda t, r=rank: t[:, :r])):  # type: ignore[misc]
-                kept = cut(getattr(layer, name).data).contiguous() if rank else None
-                setattr(layer, name, None if kept is None else nn.Parameter(kept, requires_grad=False))
+            assert layer.down is not None
+            assert layer.up is not None
+            down, up, rank = layer.down.data, layer.up.data, layer.plan.rank
+            layer.down = nn.Parameter(down[:rank].contiguous(), requires_grad=False) if rank else None
+            layer.up = nn.Parameter(up[:, :rank].contiguous(), requires_grad=False) if rank else None
             layer.added = 0
             count += 1
     return count
 
 
 def _extend(layer: QuantLayer, down: Tensor, up: Tensor) -> None:
-    if layer.down is not None:
+    if layer.down is not None and layer.up is not None:
         down, up = torch.cat([layer.down.data, down]), torch.cat([layer.up.data, up], dim=1)
     layer.added = down.shape[0] - layer.plan.rank
     layer.down = nn.Parameter(down.contiguous(), requires_grad=False)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fewstep.artifact import read_json, read_tensors, write_with_tensors
 from fewstep.errors import ArtifactError, FewstepError, PlanError
-from fewstep.quant.apply import RECORD, Record, _swap, check_untouched, unwrapped
-from fewstep.quant.layers.base import ARRAYS
+from fewstep.quant.layers.base import ARRAYS, QuantLayer
 from fewstep.quant.layers.build import build
 from fewstep.quant.plan import QuantPlan
 from fewstep.quant.sites import architecture, canonical, quantized_layers, sites
+from fewstep.quant.state import RECORD, Record, check_untouched, swap, unwrapped
 
 INDEX = "quantized.json"
 _KEYS = ("plan", "dtypes", "layer_dtypes", "names", "arrays", "arrays_sha256")
@@ -102,7 +102,7 @@ def load_(module: nn.Module, folder: str | Path, *, backend: str = "auto") -> Qu
             raise ArtifactError(
                 f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(places[key].shape)}"
             )
-    _swap(model, layers)
+    swap(model, layers)
     _assign(model, rest)
     setattr(model, RECORD, Record(plan, {}))
     return plan
@@ -137,9 +137,9 @@ def _layers(
             raise ArtifactError(f"{path} has no arrays, or unknown ones, for {site.name}")
         made[site.name] = layer = build(site.module, plan.layers[site.name], arrays)
         for part in layer.modules():
-            if hasattr(part, "memory"):
+            if isinstance(part, QuantLayer):
                 part.dtype = _dtype(dtypes.get(site.name), torch.float32)
-                part.backend = backend  # type: ignore[assignment]
+                part.backend = backend
     return made
 
 

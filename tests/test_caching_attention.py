@@ -10,11 +10,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewstep import caching
-from fewstep.caching.forms.bands import banded, full_logsumexp
+from fewstep.caching.families import family_of
+from fewstep.caching.forms.bands import Tokens, banded, full_logsumexp
 from fewstep.caching.forms.windowed import Windowed
 from fewstep.caching.methods.fast_attention import relative_change
 from fewstep.caching.predictors import Hold
-from fewstep.caching.roles import Moment
+from fewstep.caching.roles import Moment, Scene
 from fewstep.caching.store import Cell
 from fewstep.errors import FewstepError
 from tests.caching_fixtures import TINY, timesteps, trajectory
@@ -33,6 +34,19 @@ def test_the_band_is_attention_under_a_mask(window):
     q, k, v = qkv()
     near = (torch.arange(37)[:, None] - torch.arange(37)).abs() <= window
     out, lse = banded(q, k, v, window)
+    scores = (q @ k.mT / 8**0.5).masked_fill(~near, -torch.inf)
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, attn_mask=near), atol=DOUBLE, rtol=DOUBLE)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=DOUBLE, rtol=DOUBLE)
+
+
+@pytest.mark.parametrize(("prefix", "frames"), [(5, 1), (0, 4), (5, 4), (1, 32)])
+@pytest.mark.parametrize("window", [0, 2, 7, 40])
+def test_a_video_has_one_window_for_all_frames_and_its_text_is_always_seen(window, prefix, frames):
+    q, k, v = qkv(prefix + 32)
+    place = torch.arange(32) % (32 // frames)
+    near = torch.ones(prefix + 32, prefix + 32, dtype=torch.bool)
+    near[prefix:, prefix:] = (place[:, None] - place).abs() <= window
+    out, lse = banded(q, k, v, window, tokens=Tokens(prefix, frames))
     scores = (q @ k.mT / 8**0.5).masked_fill(~near, -torch.inf)
     torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, attn_mask=near), atol=DOUBLE, rtol=DOUBLE)
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=DOUBLE, rtol=DOUBLE)
@@ -98,7 +112,7 @@ def test_the_ratio_drifts_from_the_second_sparse_step_on_and_stays_at_most_one()
     torch.testing.assert_close(expected, near + rest, atol=DOUBLE, rtol=DOUBLE)
 
 
-@pytest.mark.parametrize("name", ["sd", "dit", "pixart"])
+@pytest.mark.parametrize("name", ["sd", "dit", "pixart", "cogvideox", "wan"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_where_nothing_changes_a_window_and_its_statistics_are_the_full_attention(name, rescale):
     """The same call twice (oracle 2), in float32: the rounding of a few layers."""
@@ -145,12 +159,23 @@ def test_a_processor_that_hides_attention_is_refused():
 
 def test_options_lie_in_the_name_of_the_site_and_so_in_the_plan_file(tmp_path):
     model = TINY["dit"].model()
-    from fewstep.caching.families import family_of
-
     plan = caching.ReAttention(window=7, drift=0.5).compile(family_of(model), 20)
     plan.save(tmp_path / "plan.json")
     (role,) = family_of(model).site(caching.CachePlan.load(tmp_path / "plan.json").sites[0]).roles
     assert role == Windowed("transformer_blocks.0.attn1", window=7, rescale=1, drift=0.5, outputs=0)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("cogvideox", Tokens(3, 2)), ("wan", Tokens(0, 2)), ("dit", Tokens())])
+def test_what_tokens_are_follows_from_the_model_and_the_sample(name, tokens):
+    tiny = TINY[name]
+    family = family_of(tiny.model())
+    (role,) = family.site(caching.ReAttention().sites(family)[0]).roles
+    at = Moment(Cell.empty("", 1), 0, True, Hold(), Scene(sample=tiny.sample()))
+    count = tokens.prefix + 16 * tokens.frames  # maps of 8 x 8 in patches of 2 x 2
+    assert role._tokens(at, count) == tokens
+    if tokens.frames > 1:
+        with pytest.raises(FewstepError, match="fewer than a sample"):
+            role._tokens(at, 31)
 
 
 def test_models_without_plain_self_attention_are_refused():

@@ -48,7 +48,8 @@ def test_the_window_is_of_the_runs_own_timesteps():
     done = ["CR"[max(a for (s, site, a) in cache.log if (s, site) == (step, 0))] for step in range(6)]
     cache.remove()
     assert "".join(done) == "CCCRCR"
-    method = caching.PyramidBroadcast(timesteps=(999.0, 500.0))
+    method = caching.PyramidBroadcast(spatial=3, timesteps=(999.0, 500.0))
+    assert method.describe() == "PyramidBroadcast(spatial=3)"
     with pytest.raises(FewstepError, match="2 timesteps are given for 6 steps"):
         method.compile(family_of(model), 6)
 

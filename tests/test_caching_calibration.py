@@ -171,10 +171,7 @@ def test_an_interval_is_turned_to_the_budget():
     assert plan.cost(pipe.unet).share <= 0.8
     family = caching.family_of(pipe.unet)
     full = {i: caching.DeepCache(interval=i).compile(family, 6).cost(pipe.unet).share for i in range(1, 7)}
-    assert (
-        plan.method
-        == f"DeepCache(interval={min(i for i, share in full.items() if share <= 0.8)})"
-    )
+    assert plan.method == f"DeepCache(interval={min(i for i, share in full.items() if share <= 0.8)})"
 
 
 @pytest.mark.parametrize(

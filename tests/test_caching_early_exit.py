@@ -132,3 +132,42 @@ def test_refusals_of_rehash():
         caching.StepRehash(2)
     with pytest.raises(FewstepError, match="profile of 0 steps"):
         caching.StepRehash().compile(family_of(TINY["dit"].model()), 4)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_brings_the_exits_to_what_the_whole_network_says():
+    pipe = tiny_dit_pipeline()
+    model, method = pipe.transformer, caching.EarlyExit((1.0, 0.5))
+    keys, frozen = (
+        list(model.state_dict()),
+        model.transformer_blocks[0].norm1.emb.timestep_embedder.linear_1.weight.clone(),
+    )
+
+    def error():
+        """Of the latents of seeds that were not trained on, to those of the untouched network."""
+        with caching.applied(pipe, method):
+            out = pipe([3], generator=torch.Generator().manual_seed(0), num_inference_steps=6, output_type="np").images
+        return float(np.square(out - whole).mean())
+
+    whole = pipe([3], generator=torch.Generator().manual_seed(0), num_inference_steps=6, output_type="np").images
+    before = error()
+    losses = caching.train_early_exit_(
+        pipe, method, ["3", "5"], num_inference_steps=6, iterations=150, learning_rate=3e-3, samples=4, batch=4
+    )
+    assert len(losses) == 150
+    assert np.mean(losses[-30:]) < 0.5 * np.mean(losses[:30])
+    assert error() < before
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model.transformer_blocks[0].norm1.emb.timestep_embedder.linear_1.weight, frozen)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert caching.controller_of(pipe) is None
+
+
+def test_refusals_of_training():
+    pipe = tiny_dit_pipeline()
+    with pytest.raises(FewstepError, match="without refresh"):
+        caching.train_early_exit_(pipe, caching.EarlyExit(refresh=2), ["1"], num_inference_steps=4)
+    with pytest.raises(FewstepError, match="learning_rate is 0"):
+        caching.train_early_exit_(pipe, caching.EarlyExit(), ["1"], num_inference_steps=4, learning_rate=0)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+
 from fewstep import caching, samplers
 from fewstep.caching.actions import Action
 from fewstep.caching.calibration.rectifying import Paths, computed_steps, rectification, shortened
 from fewstep.caching.calibration.routing import Gates
-from fewstep.caching.calibration.runs import Runs
 from fewstep.caching.predictors import Affine
 from fewstep.caching.residual import RESIDUAL
 from fewstep.errors import FewstepError
-
 from tests.pipeline_fixtures import sd3_prompts, tiny_dit_pipeline, tiny_sd3_pipeline
 
 STEPS = 5
@@ -126,7 +127,7 @@ def test_shortened_steps_leave_the_ends_of_the_grid_where_they_were():
     )  # nothing reused: the same grid
     grid = shortened(paths(), [0, 5], sigmas)
     assert grid[0] == 1.0
-    assert all(a > b > 0 for a, b in zip(grid, grid[1:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(grid))
     assert all(new >= old - 1e-12 for new, old in zip(grid, sigmas, strict=False))  # shorter steps lag behind
 
 

@@ -241,6 +241,17 @@ def test_affine_tables_make_an_affine_difference_exact():
         assert torch.allclose(cached(x, t, given), network(x, t, given), atol=1e-6)
 
 
+def test_a_teacher_sees_the_true_difference_and_decides_what_comes_of_it(tiny, model):
+    """How calibration fits predictors: one that answers with the truth leaves the network as it is."""
+    conditioning = tiny.conditioning(4)
+    with caching.applied(model, caching.UncondReuse(interval=2)) as controller:
+        seen = []
+        controller.caches[0].teacher = lambda cell, step, true: seen.append(step) or true
+        outputs, inputs = guided(tiny, model, conditioning)
+    assert seen == [1, 3]
+    assert close(outputs, guided(tiny, model, conditioning, seen=inputs)[0])
+
+
 def spectrum_by_hand(delta, low, high):
     """The published split, on shifted two-sided spectra."""
     full = np.fft.fftshift(np.fft.fft2(delta), axes=(-2, -1))

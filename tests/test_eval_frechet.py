@@ -113,7 +113,7 @@ def test_factors_multiply_back(smallest, rank):
     values = torch.linspace(1, 2, 12, dtype=torch.float64)
     values[0] = smallest
     covariance = q @ torch.diag(values) @ q.T
-    factor = sqrt_factor((covariance + covariance.T) / 2)
+    factor = sqrt_factor((covariance + covariance.T) / 2).values
     assert factor.shape == (12, rank)
     torch.testing.assert_close(factor @ factor.T, covariance, rtol=0, atol=10 * 12 * EPS * 2)
 
@@ -132,3 +132,19 @@ def test_a_factor_at_hand_is_used_and_changes_nothing():
     generator = torch.Generator().manual_seed(9)
     a, b = (Moments.of(torch.randn(100, 10, dtype=torch.float64, generator=generator)) for _ in range(2))
     assert frechet_distance(a, b, factor=sqrt_factor(a.covariance)) == frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 0.0], ids=["triangular", "of eigenvectors"])
+def test_congruent_is_the_product_of_three(smallest):
+    """F^T S F; of a triangular factor LAPACK is asked for the lower half alone."""
+    q = random_orthogonal(12, 7)
+    values = torch.linspace(1, 2, 12, dtype=torch.float64)
+    values[0] = smallest
+    factor = sqrt_factor(q @ torch.diag(values) @ q.T)
+    assert factor.lower is (smallest > 0)
+    other = torch.diag(torch.linspace(3, 4, 12, dtype=torch.float64)) + 0.1
+    expected = factor.values.T @ other @ factor.values
+    found = torch.from_numpy(factor.congruent(other)).tril()
+    torch.testing.assert_close(
+        found, expected.tril(), rtol=0, atol=2 * 12**2 * EPS * 2 * 5
+    )  # sums of 12 x 12, |F|^2 2, |S| 5

@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from fewstep.errors import ArtifactError
+from fewstep.eval import fingerprint
 from fewstep.eval.sweeps.lock import only_writer, remove_leftovers
 from fewstep.eval.sweeps.store import CellStore, Chunk, opened, read_samples, stored_seeds
 from tests.eval_fixtures import random_images
@@ -14,7 +16,7 @@ IDENTITY = {"scheduler": {"class": "some"}, "steps": 3}
 
 @pytest.fixture
 def store(tmp_path) -> CellStore:
-    made = CellStore(tmp_path / "cell", IDENTITY)
+    made = CellStore(tmp_path / f"cell-{fingerprint.of_json(IDENTITY)[: fingerprint.SHORT]}", IDENTITY)
     made.describe()
     made.write(Chunk(0, random_images(3), {"seconds": 0.25, "calls": 3}))
     return made
@@ -111,6 +113,13 @@ def test_a_damaged_description_is_written_anew(store):
         assert path.read_text() == whole
     assert len(store.redone()) == 3
     assert opened(store.folder).key == store.key
+
+
+def test_another_cell_s_description_is_refused(store):
+    path = store.folder / "cell.json"
+    path.write_text(path.read_text().replace("some", "soma"))
+    with pytest.raises(ArtifactError, match="it describes another cell"):
+        opened(store.folder)
 
 
 def test_one_writer_at_a_time(tmp_path):

@@ -127,6 +127,8 @@ KEYS = {
     "guidance": VALUES | st.lists(st.floats(), max_size=3), "caches": VALUES, "quants": VALUES, "samples": INTEGERS | VALUES,
     "blocks": INTEGERS | VALUES, "seed": INTEGERS | VALUES, "batch_size": INTEGERS | VALUES, "limit": INTEGERS | VALUES,
     "prompts": VALUES, "prompts_file": VALUES, "metrics": VALUES, "call": VALUES, "device": VALUES,
+    "trackers": VALUES, "fidelity": VALUES | st.sampled_from(["same", "same@9", "DDIM@3", "DDIM@x", "@", "UniPC@"])
+    | st.dictionaries(st.sampled_from(["reference", "lpips", "features", "x"]), VALUES, max_size=2),
     "exclude": st.lists(RULES, max_size=2) | VALUES,
 }  # fmt: skip
 TABLES = st.fixed_dictionaries({}, optional=KEYS).flatmap(
@@ -208,9 +210,12 @@ def save_sweep(folder: Path) -> None:
         folder="cells/a",
         samples=2,
         calls=2.0,
-        metrics={"fid": {"value": 1.5, "recipe": "r", "n": 2}},
+        metrics={
+            "fid": {"value": 1.5, "recipe": "r", "n": 2},
+            "psnr": {"value": "inf", "recipe": "p", "n": 2, "worst": {"0": 30.5, "1": "inf"}},
+        },
     )
-    Results(("fid",), 1, (row,)).save(folder)
+    Results(("fid", "psnr"), 1, (row,)).save(folder)
     written = manifest.Manifest(folder, {"samples": 2, "cells": [row.cell.axes]}, ["fewstep"])
     written.begin({**row.cell.axes, "folder": "cells/a"})
     written.cell({**row.cell.axes, "folder": "cells/a", "status": "ok"})

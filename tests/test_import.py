@@ -30,6 +30,8 @@ PUBLIC = {
         "NoiseSource DynamicThreshold LinearMultistep load_ratios save_ratios learn"
     ),
     "caching": (
+        "FirstBlockCache DBCache TeaCache fit_polynomial PolynomialFit MagCache TaylorSeer PyramidBroadcast FasterCache "
+        "StepRehash EarlyExit train_early_exit_ Scale profile "
         "UncondReuse GuidanceWindow CFGCache FasterCacheCFG FrequencyDelta FasterCacheDelta TokenMerging FrameMerging "
         "ReAttention search_attention Removal removable removal_scores prior_noise"
     ),

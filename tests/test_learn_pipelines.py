@@ -114,9 +114,9 @@ def test_trajectories_are_kept_and_gone_on_from(tmp_path, monkeypatch):
     pipe, words = pipe_of("sd")
     monkeypatch.setattr("fewstep.samplers.learn.teaching.teacher.CHUNK", 2)
     first = teacher(pipe, words, tmp_path).problem()
-    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert len(list(tmp_path.glob("trajectories-*.json"))) == 2
     monkeypatch.setattr("fewstep.samplers.learn.teaching.teacher.solve", None)  # nothing may be computed again
-    monkeypatch.setattr("fewstep.samplers.learn.teaching.teacher.drift", lambda *a, **k: 0.0)
+    monkeypatch.setattr("fewstep.samplers.learn.teaching.teacher.drift", None)
     again = teacher(pipe, words, tmp_path).problem()
     assert torch.equal(first.states, again.states)
     assert torch.equal(first.noise, again.noise)

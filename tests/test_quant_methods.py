@@ -136,6 +136,13 @@ def test_gptq_beats_the_nearest_codes_on_the_output(kind, format):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_layer_by_gptq_is_better_than_the_nearest(kind):
+    module, x = layer(kind), correlated(kind)
+    nearest = output_error(quant.W4A8(weight="int4:g32"), module, x)
+    assert output_error(quant.GPTQ(weight="int4:g32"), module, x) < 0.7 * nearest
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_the_gram_matrix_is_that_of_the_output(kind):
     trial = Trial(layer(kind), LayerPlan("int8:row", "int8:row"), outliers(kind))
     w = torch.randn(trial.weight.shape, generator=seeded(9)).double()
@@ -254,7 +261,8 @@ def recorded(shared):
     "config",
     [
         SVDQuant(rank=4, group_size=16, grid=4), SVDQuant("nvfp4", "nvfp4", rank=4, grid=3), AdaQuant(steps=10),
-        FPQuant(steps=10, group_size=16), quant.MixDQ(budget=5.5, splits=4, finalists=2, keep=NARROW),
+        FPQuant(steps=10, group_size=16), quant.GPTQ(weight="int4:g16"),
+        quant.MixDQ(budget=5.5, splits=4, finalists=2, keep=NARROW),
     ],
     ids=lambda c: type(c).__name__,
 )  # fmt: skip

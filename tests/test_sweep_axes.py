@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from fewstep import caching
-from fewstep.eval import CallCounter, ClipScore, Fid, Results, Sweep
+from fewstep.eval import CallCounter, ClipScore, Fid, Results, Sweep, fingerprint
 from fewstep.eval.drawing.scheduling import with_grid
-from fewstep.eval import fingerprint
 from fewstep.eval.fingerprint import tensor_bytes
 from fewstep.eval.reports.decisions import Decisions
 from fewstep.eval.sweeps.store import opened, read_samples
@@ -259,7 +258,9 @@ def test_specs_and_methods_are_resolved_in_their_rooms(tmp_path, pipe):
     before = fingerprint.of_module(pipe.unet)
     rows = {(row.cache, row.quant): row for row in sweep.run(tmp_path, progress=False).rows}
     assert list(rows) == [
-        (cache, quant) for cache in ("none", "DeepCache(interval=2)", "Interval(interval=3)") for quant in ("none", "Int8")
+        (cache, quant)
+        for cache in ("none", "DeepCache(interval=2)", "Interval(interval=3)")
+        for quant in ("none", "Int8")
     ]
     assert [row.error for row in rows.values()] == [""] * 6
     assert fingerprint.of_module(pipe.unet) == before
@@ -269,7 +270,9 @@ def test_specs_and_methods_are_resolved_in_their_rooms(tmp_path, pipe):
     assert identity["name"] == "DeepCache(interval=2)"
     assert identity["settings"]["interval"] == 2
     # What it decided stands in the manifest, for the report; what it doubts in the notes.
-    cells = {(cell["cache"], cell["quant"]): cell for cell in json.loads((tmp_path / "manifest.json").read_text())["cells"]}
+    cells = {
+        (cell["cache"], cell["quant"]): cell for cell in json.loads((tmp_path / "manifest.json").read_text())["cells"]
+    }
     table = Decisions.from_json(cells["DeepCache(interval=2)", "none"]["decisions"])
     assert [row[0] for row in table.table] == [0, 1, 0, 1]
     assert any("4 steps leave little to reuse" in note for note in rows["DeepCache(interval=2)", "none"].notes)

@@ -150,7 +150,9 @@ def test_a_reference_outside_the_axes_is_a_cell_of_its_own(tmp_path):
 
 def test_where_the_reference_fails_the_rest_is_measured_and_says_so(tmp_path):
     """2000 steps of 1000: the reference cannot be drawn."""
-    sweep = request(steps=(2,), caches=("none",), fidelity=f"{DDIM}@2000", metrics=(Fid(random_images(20), tiny_features()),))
+    sweep = request(
+        steps=(2,), caches=("none",), fidelity=f"{DDIM}@2000", metrics=(Fid(random_images(20), tiny_features()),)
+    )
     bad, row = sweep.run(tmp_path, progress=False).rows
     assert bad.status == "failed"
     assert row.status == "ok"
@@ -159,7 +161,9 @@ def test_where_the_reference_fails_the_rest_is_measured_and_says_so(tmp_path):
 
 
 def test_identical_images_have_an_infinite_psnr_that_no_plot_stumbles_over(tmp_path):
-    sweep = request(steps=(2,), caches=("none", scaled("idle", 1.0)), fidelity={"reference": "same", "features": tiny()})
+    sweep = request(
+        steps=(2,), caches=("none", scaled("idle", 1.0)), fidelity={"reference": "same", "features": tiny()}
+    )
     row = sweep.run(tmp_path, progress=False).rows[1]
     assert (row.value("latent_rmse"), row.value("psnr"), row.value("ssim"), row.value("feature_distance")) == (
         0, math.inf, pytest.approx(1, abs=1e-12), 0,

@@ -37,7 +37,8 @@ def images(out: Path) -> dict[tuple[str, int], torch.Tensor]:
 def test_two_launched_processes_make_what_one_makes(tmp_path):
     file = tmp_path / "sweep.toml"
     file.write_text(
-        'model = "fashion-dit-small"\nschedulers = ["diffusers:DDIMScheduler"]\nsteps = [1, 2]\nsamples = 5\nbatch_size = 2\nmetrics = ["fid"]\n'
+        'model = "fashion-dit-small"\nschedulers = ["diffusers:DDIMScheduler"]\nsteps = [1, 2]\nsamples = 5\n'
+        'batch_size = 2\nmetrics = ["fid"]\n'
         'fidelity = "diffusers:DDIMScheduler@3"\ndevice = "cpu"\n'
     )
     # accelerate's --cpu starts a single process; its launcher of several is told by a variable to stay on the CPU.

@@ -56,7 +56,9 @@ def test_cells_that_execute_alike_are_counted_once(tmp_path, pipe):
 
 
 def test_a_cache_is_counted_in_every_cell(tmp_path, pipe):
-    plain, skipping, _, other = request(pipe, steps=(2, 3), caches=("none", SKIP)).run(tmp_path, progress=False).rows[:4]
+    plain, skipping, _, other = (
+        request(pipe, steps=(2, 3), caches=("none", SKIP)).run(tmp_path, progress=False).rows[:4]
+    )
     cells = {(row.cache, row.steps): row for row in (plain, skipping, _, other)}
     assert cells["none", 2].effective_nfe_per_image == cells["none", 2].nfe_per_image == 4
     assert [cells["skip", n].nfe_per_image for n in (2, 3)] == [4, 6]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from fewstep.caching.forms.bands import banded, full_logsumexp
+from fewstep.caching.forms.bands import PLAIN, Tokens, banded, full_logsumexp
 from fewstep.caching.roles import Fit, Forward, Moment, Role
 from fewstep.errors import FewstepError
 
@@ -37,12 +37,19 @@ class Windowed(Role):
         drift: added to rho at every sparse step after the first, which grows as attention gets more local; rho is held
             at most 1 (the authors' code does not).
         outputs: whether the module's output is kept too (1), to be reused.
+        axis: of the frames in a video's sample (2 of (B, C, F, H, W), 1 of (B, F, C, H, W)); 0 for other samples. The window
+            is then one of positions in a frame, the same in every frame, and tokens of text before the video's stay seen.
+        patch: positions of the sample to a token along a side, and
+        frames: frames to a token; for videos.
     """
 
     window: int = 128
     rescale: int = 0
     drift: float = 0.0
     outputs: int = 1
+    axis: int = 0
+    patch: int = 1
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.window < 0:
@@ -76,7 +83,7 @@ class Windowed(Role):
     def _full(self, at: Moment) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
             whole = scaled_dot_product_attention(q, k, v, scale=scale)
-            near, near_lse = banded(q, k, v, self.window, scale)
+            near, near_lse = banded(q, k, v, self.window, scale, self._tokens(at, q.shape[2]))
             rho = None
             if self.rescale:
                 rho = (near_lse - full_logsumexp(q, k, scale)).exp().clamp(max=1)[..., None]
@@ -92,13 +99,23 @@ class Windowed(Role):
         rho, rest = kept.leaves
 
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-            near, _ = banded(q, k, v, self.window, scale)
+            near, _ = banded(q, k, v, self.window, scale, self._tokens(at, q.shape[2]))
             if rho is not None:
                 drifted = (rho + self.drift * (at.step - kept.step - 1)).clamp(max=1)
                 near = (drifted * near).to(v.dtype)
             return torch.add(near, rest)
 
         return attend
+
+    def _tokens(self, at: Moment, count: int) -> Tokens:
+        if not self.axis:
+            return PLAIN
+        sample = at.scene.sample.shape
+        frames = -(-sample[self.axis] // self.frames)
+        text = count - frames * (sample[-2] // self.patch) * (sample[-1] // self.patch)
+        if text < 0:
+            raise FewstepError(f"{self.path} sees {count} tokens, fewer than a sample of shape {tuple(sample)} has")
+        return Tokens(text, frames)
 
     def _attend(self, attend: Attend, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         with Attention(attend) as attention:

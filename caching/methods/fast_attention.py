@@ -17,7 +17,7 @@ from fewstep.caching.families import Family
 from fewstep.caching.forms import form_name
 from fewstep.caching.hooks import Around, install, uninstall
 from fewstep.caching.method import Decider, Entry, Method
-from fewstep.caching.methods.windows import self_attentions
+from fewstep.caching.methods.windows import self_attentions, video_options
 from fewstep.caching.model_cache import ModelCache
 from fewstep.caching.plan import CachePlan
 from fewstep.errors import FewstepError
@@ -92,7 +92,7 @@ class _Search(Method):
 
     def sites(self, family: Family) -> list[str]:
         paths = self_attentions(family, "DiTFastAttn")
-        names = [form_name("window", path, window=self.window) for path in paths]
+        names = [form_name("window", path, window=self.window, **video_options(family)) for path in paths]
         return names + ([f"uncond:{path}" for path in paths] if self.share else [])
 
     def decider(self, family: Family, steps: int | None) -> Decider:

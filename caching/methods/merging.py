@@ -104,12 +104,21 @@ def frame_options(family: Family) -> dict[str, int]:
     Raises:
         FewstepError: for other models.
     """
+    video = video_layout(family)
+    if video is None:
+        raise FewstepError(f"FrameMerging serves CogVideoX and Wan transformers, the model is {family.name}")
+    axis, frames, _ = video
+    return {"axis": axis, "patch": frames}
+
+
+def video_layout(family: Family) -> tuple[int, int, int] | None:
+    """Axis of the frames in a video transformer's sample, frames to a token, and side of a patch; None for other models."""
     config = getattr(family.model, "config", {})
     if family.name.startswith("CogVideoX"):
-        return {"axis": 1, "patch": config.get("patch_size_t") or 1}
+        return 1, config.get("patch_size_t") or 1, config["patch_size"]
     if family.name.startswith("Wan"):
-        return {"axis": 2, "patch": config["patch_size"][0]}
-    raise FewstepError(f"FrameMerging serves CogVideoX and Wan transformers, the model is {family.name}")
+        return 2, config["patch_size"][0], config["patch_size"][1]
+    return None
 
 
 def downsampled(family: UNetFamily, path: str) -> int:

@@ -26,10 +26,11 @@ class Router(Method):
     computed in full, and the trajectory is that of the ungated network (Learning-to-Cache: Accelerating Diffusion
     Transformer via Layer Caching, arXiv 2406.01733, which draws its states by noising training images instead).
 
-    What differs from what is published: gates begin as a uniform interval and are cooled while they are trained; if the plan of
-    the trained gates errs more than that interval, the interval is what one gets, and ``provenance`` says so. The weight of the gates' sum is steered to the budget (dual ascent). And a
-    step's loss is weighted by how much the final latents move for an error of that size there; HarmoniCa's image error proxy
-    (``proxy="image"``) takes how much they move, whatever the size of the error.
+    What differs from what is published: gates begin as a uniform interval and are cooled while they are trained; if the
+    plan of the trained gates errs more than that interval, the interval is what one gets, and ``provenance`` says so. The
+    weight of the gates' sum is steered to the budget (dual ascent). And a step's loss is weighted by how much the final
+    latents move for an error of that size there; HarmoniCa's image error proxy (``proxy="image"``) takes how much they
+    move, whatever the size of the error.
 
     Attributes:
         budget: share of the MACs of computing everything.

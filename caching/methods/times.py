@@ -31,6 +31,9 @@ class TimedMethod(Method):
             return self
         return replace(self, timesteps=tuple(times))
 
+    def describe(self) -> str:
+        return Method.describe(replace(self, timesteps=None))
+
     def times(self, steps: int) -> Times:
         """(steps,): the timesteps.
 

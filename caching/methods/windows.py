@@ -11,6 +11,7 @@ from fewstep.caching.actions import Action
 from fewstep.caching.families import Family
 from fewstep.caching.forms import form_name
 from fewstep.caching.method import Method, check_interval
+from fewstep.caching.methods.merging import video_layout
 from fewstep.caching.plan import Actions
 from fewstep.errors import FewstepError
 
@@ -21,10 +22,11 @@ class ReAttention(Method):
 
     See :class:`~fewstep.caching.forms.windowed.Windowed`. Ultra Sparse Visual Generation via Attention Statistical
     Reshape, arXiv 2505.22918; the defaults are its 20 steps of PixArt (window 3 % of 4096 tokens).
-    Kept are rho (B, heads, N) and R (B, N, C) a layer.
+    Kept are rho (B, heads, N) and R (B, N, C) a layer. In CogVideoX and Wan the window is one of places in a frame, the
+    same in every frame, and the text is always seen.
 
     Attributes:
-        window: keys to either side of a query, by index.
+        window: keys to either side of a query, by index (in its frame).
         interval: steps from one full attention to the next.
         warmup: steps at the start that are full.
         drift: added to rho a step.
@@ -43,6 +45,7 @@ class ReAttention(Method):
 
     def sites(self, family: Family) -> list[str]:
         options = {"window": self.window, "rescale": int(self.rescale), "drift": self.drift, "outputs": 0}
+        options |= video_options(family)
         return [
             family.site(form_name("window", path, **options)).name for path in self_attentions(family, "ReAttention")
         ]
@@ -51,6 +54,12 @@ class ReAttention(Method):
         full = [i < self.warmup or (i - self.warmup + 1) % self.interval == 0 for i in range(steps)]
         column = np.where(full, np.int8(Action.COMPUTE), np.int8(Action.SPARSE))
         return np.repeat(column[:, None], len(sites), 1).astype(np.int8)
+
+
+def video_options(family: Family) -> dict[str, int]:
+    """Options of windowed sites that say where a video's frames are; none for other models."""
+    video = video_layout(family)
+    return {} if video is None else dict(zip(("axis", "frames", "patch"), video, strict=True))
 
 
 def self_attentions(family: Family, method: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,8 +18,36 @@ SAFE_PIVOT = 1e-10
 and more where no single feature points along it."""
 
 
-def sqrt_factor(covariance: Tensor) -> Tensor:
-    """A factor F of shape (d, r) with F F^T = ``covariance`` (d, d), float64, r <= d its numerical rank.
+@dataclass(frozen=True)
+class SqrtFactor:
+    """F with F F^T = S.
+
+    Attributes:
+        values: float64 (d, r), r <= d.
+        lower: whether it is lower triangular, with r = d.
+    """
+
+    values: Tensor
+    lower: bool
+
+    def congruent(self, covariance: Tensor) -> npt.NDArray[np.float64]:
+        """F^T ``covariance`` F (r, r), of which only the lower triangle need be right.
+
+        Where F is triangular by LAPACK's dsygst, in d^3 multiply-adds instead of the 2 d^3 of two products.
+        """
+        if not self.lower:
+            return np.asarray((self.values.T @ covariance @ self.values).numpy())
+        from scipy.linalg import lapack
+
+        # Both transposed: Fortran's order of a symmetric matrix, and of an upper factor U = F^T, for which
+        # itype 2 gives U S U^T. Its upper triangle in Fortran's order is the lower one in C's.
+        product, info = lapack.dsygst(covariance.numpy().T, self.values.numpy().T, itype=2, lower=0)
+        assert info == 0  # the arguments' shapes are right
+        return np.asarray(product.T)
+
+
+def sqrt_factor(covariance: Tensor) -> SqrtFactor:
+    """A factor F of ``covariance`` S (d, d), r its numerical rank.
 
     Cholesky's where the covariance is safely positive definite, at a tenth of the cost. Else from S = V diag(w) V^T by
     ``eigh``: F = V diag(sqrt(w)), without the columns whose w is rounding noise, that is at most d eps max(w), the error
@@ -26,16 +56,14 @@ def sqrt_factor(covariance: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(covariance)
     pivots = lower.diagonal().square()
     if not bool(failed) and bool(pivots.min() > SAFE_PIVOT * pivots.max()):
-        cholesky: Tensor = lower
-        return cholesky
+        return SqrtFactor(lower, lower=True)
     values, vectors = torch.linalg.eigh(covariance)
     noise = covariance.shape[0] * torch.finfo(torch.float64).eps
     kept = values > noise * values[-1].clamp(min=0)
-    factor: Tensor = vectors[:, kept] * values[kept].sqrt()
-    return factor
+    return SqrtFactor(vectors[:, kept] * values[kept].sqrt(), lower=False)
 
 
-def frechet_distance(first: Moments, second: Moments, *, factor: Tensor | None = None) -> float:
+def frechet_distance(first: Moments, second: Moments, *, factor: SqrtFactor | None = None) -> float:
     """Squared Fréchet (2-Wasserstein) distance of the Gaussians with these moments, as FID means it.
 
         d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
@@ -65,10 +93,16 @@ def frechet_distance(first: Moments, second: Moments, *, factor: Tensor | None =
     delta = first.mean - second.mean
     s1, s2 = first.covariance, second.covariance
     factor = sqrt_factor(s1) if factor is None else factor
-    product = factor.T @ s2 @ factor
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    cross = float(np.sqrt(_eigenvalues(factor.congruent(s2)).clip(min=0)).sum())
     distance = delta @ delta + s1.trace() + s2.trace() - 2 * cross
     return float(distance.clamp(min=0))
+
+
+def _eigenvalues(symmetric: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of a matrix whose lower triangle is looked at alone."""
+    from scipy.linalg import eigvalsh
+
+    return np.asarray(eigvalsh(symmetric, lower=True, check_finite=False))
 
 
 def extrapolated_distance(features: Tensor, reference: Moments, parts: int, seed: int = 2020) -> float:

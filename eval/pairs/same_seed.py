@@ -115,9 +115,10 @@ class FidelityStream:
         """Add uint8 images (n, C, H, W), as many references, and where they are known the latents behind both."""
         self._digest.update(reference.contiguous().numpy().tobytes())
         at_once = max(1, PIXELS // images[0].numel())
-        for ours, theirs in zip(images.split(at_once), reference.split(at_once), strict=True):
+        for start in range(0, len(images), at_once):
+            part = slice(start, start + at_once)
             for name, (metric, _) in self._measures.items():
-                self._found[name].append(np.asarray(metric(ours, theirs), dtype=np.float64))
+                self._found[name].append(np.asarray(metric(images[part], reference[part]), dtype=np.float64))
         if latents is not None:
             self._found["latent_rmse"].append(latent_rmse(*latents))
 

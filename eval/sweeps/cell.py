@@ -139,7 +139,9 @@ class Setting:
     def store(self, cell: Cell) -> CellStore:
         """Where the cell's images are. Blocks of seeds of one configuration share it."""
         identity = self.identity(cell)
-        return CellStore(self.out / CELLS / f"{cell.slug}-{fingerprint.of_json(identity)[: fingerprint.SHORT]}", identity)
+        return CellStore(
+            self.out / CELLS / f"{cell.slug}-{fingerprint.of_json(identity)[: fingerprint.SHORT]}", identity
+        )
 
 
 def _plain(text: str) -> str:

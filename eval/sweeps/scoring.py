@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fewstep.eval import fingerprint
@@ -143,7 +144,9 @@ class _Pairs:
         warnings: why there is nothing to tell, where the reference could not be drawn.
     """
 
-    def __init__(self, name: str, stream: FidelityStream, reference: CellStore | None, batches: Sequence[range]) -> None:
+    def __init__(
+        self, name: str, stream: FidelityStream, reference: CellStore | None, batches: Sequence[range]
+    ) -> None:
         self._name, self._stream, self._reference = name, stream, reference
         hashes = [reference and reference.sha256(seeds) for seeds in batches]
         self.identity = [name, stream.identity, hashes]
@@ -173,7 +176,7 @@ class _Pairs:
 
 
 def _samples(
-    setting: Setting, seeds: range, hashes: list[str], single: Mapping[str, Sequence[float]]
+    setting: Setting, seeds: range, hashes: list[str], single: Mapping[str, npt.NDArray[np.float64]]
 ) -> list[dict[str, Any]]:
     """One record a sample: seed, prompt, hash of its uint8 (C, H, W) pixels, and what the metrics say of it alone."""
     prompts = setting.prompts_of(seeds)

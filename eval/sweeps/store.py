@@ -154,7 +154,7 @@ class CellStore:
         artifact.write_bytes(path, packed, durable=False)  # its checksum tells what a power cut left of it
 
     def sync(self, batches: Iterable[range]) -> None:
-        """Wait until the chunks of these seeds are on the disk. Once a cell: waiting after each costs more than drawing small ones."""
+        """Wait until the chunks of these seeds are on the disk; once a cell, since waiting costs more than drawing small ones."""
         for seeds in batches:
             artifact.sync(self._path(seeds[0], seeds[-1]))
         if os.name == "posix":

@@ -79,7 +79,9 @@ class Transform:
 
     @contextmanager
     def applied(self, axis: str, pipe: Any) -> Iterator[Any]:
-        """The pipeline changed, with what the change gives to look at it; failures to change it and to undo that are told from failures in between.
+        """The pipeline changed, with what the change gives to look at it.
+
+        Failures to change it and to undo that are told from failures in between.
 
         Raises:
             TransformError: where it cannot be applied.

@@ -12,13 +12,13 @@ from fewstep.errors import FewstepError, unknown
 from fewstep.quant.allocation import damage as damages
 from fewstep.quant.allocation.options import Option, Table, chosen_plan, layer_options, mean_bits
 from fewstep.quant.allocation.solve import closed_form, integer_program, nearest_options
-from fewstep.quant.apply import check_untouched, evaluating, unwrapped
 from fewstep.quant.calibration.calls import Call, as_calls
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.methods.base import SKIPPED
 from fewstep.quant.methods.nearest import Nearest
 from fewstep.quant.plan import FLOAT_BITS, QuantPlan, make_plan
 from fewstep.quant.sites import Site, sites
+from fewstep.quant.state import check_untouched, evaluating, unwrapped
 
 CHOICES = ("int2:g64 x int8:row", "int4:g64 x int8:row", "int8:row x int8:row")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +105,7 @@ def traces(
             call = calls[(probe - 1) % len(calls)].to(device)
             out = call.run(model)
             u = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
-            gradients = torch.autograd.grad((out * u).sum(), list(weights.values()), allow_unused=True)  # type: ignore[arg-type]
+            gradients = torch.autograd.grad((out * u).sum(), list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
                 sums[name] += 0.0 if gradient is None else float(gradient.double().square().sum())
             means = {name: value / probe for name, value in sums.items()}
@@ -135,6 +134,3 @@ def curvature(
             for choice, plan in options[site.name].items()
         }
     return found
-
-
-Sensitivity = Literal["measured", "hawq"]

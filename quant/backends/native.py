@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.quant.backends.base import Backend
-from fewstep.quant.formats import E4M3, E5M2, Format, Integer, Quantized
+from fewstep.quant.formats import E4M3, E5M2, Format, Integer, Minifloat, Quantized
 
 _FLOATS = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
@@ -58,21 +58,28 @@ class Native(Backend):
     def pack(self, weight: Quantized) -> _Packed:
         codes = weight.codes
         if weight.format.element in _FLOATS:
-            codes = codes.view(_FLOATS[weight.format.element])  # type: ignore[index]
+            codes = codes.view(_dtype(weight.format))
         return _Packed(codes.contiguous().t(), weight.scale.reshape(1, -1).float())
 
-    def product(self, activation: Quantized, packed: Any) -> Tensor:
+    def product(self, activation: Quantized, packed: _Packed) -> Tensor:
         if not packed.weight.dtype.is_floating_point:
             rows = activation.codes.shape[0]
             codes = torch.nn.functional.pad(activation.codes, (0, 0, 0, max(0, 17 - rows)))  # cuBLAS wants more than 16
-            return torch._int_mm(codes, packed.weight)[:rows].float() * activation.scale * packed.scale
-        codes = activation.codes.view(_FLOATS[activation.format.element])  # type: ignore[index]
+            sums: Tensor = torch._int_mm(codes, packed.weight)
+            return sums[:rows].float() * activation.scale * packed.scale
+        codes = activation.codes.view(_dtype(activation.format))
         by_tensor = activation.format.granularity == "tensor"
         if not by_tensor and activation.codes.is_cuda:
             # Row scales after the product: some builds for sm_89 and sm_120 have only the kernel with one scale.
             one = torch.ones((), device=codes.device)
-            out = torch._scaled_mm(codes, packed.weight, one, one, out_dtype=torch.float32)
+            out: Tensor = torch._scaled_mm(codes, packed.weight, one, one, out_dtype=torch.float32)
             return out * activation.scale * packed.scale
         scale_a = activation.scale.reshape(()) if by_tensor else activation.scale.contiguous()
         scale_b = packed.scale.reshape(()) if by_tensor else packed.scale
-        return torch._scaled_mm(codes, packed.weight, scale_a, scale_b, out_dtype=torch.float32)
+        product: Tensor = torch._scaled_mm(codes, packed.weight, scale_a, scale_b, out_dtype=torch.float32)
+        return product
+
+
+def _dtype(format: Format) -> torch.dtype:
+    assert isinstance(format.element, Minifloat)
+    return _FLOATS[format.element]

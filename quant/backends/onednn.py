@@ -51,7 +51,8 @@ class OneDNN(Backend):
     def missing(self, device: torch.device) -> str | None:
         if device.type != "cpu":
             return "oneDNN's int8 runs on the CPU"
-        if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if not built or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
             return "this torch was built without oneDNN"
         return None
 

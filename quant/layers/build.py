@@ -154,13 +154,12 @@ def float_layer(layer: QuantLayer) -> nn.Module:
     """A plain layer with the weight that ``layer`` multiplies with, for where the original is gone."""
     weight = layer.weight
     bias = getattr(layer, "bias", None)
+    made: nn.Conv2d | nn.Linear
     with torch.device("meta"):
-        made: Any
         if isinstance(layer, QuantConv2d):
-            made = nn.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, bias=bias is not None,
-                **{name: getattr(layer, name) for name in GEOMETRY},
-            )  # fmt: skip
+            geometry: dict[str, Any] = {name: getattr(layer, name) for name in GEOMETRY}
+            n, _, h, w = layer.shape
+            made = nn.Conv2d(layer.in_channels, n, (h, w), bias=bias is not None, **geometry)
         else:
             made = nn.Linear(layer.shape[1], layer.shape[0], bias=bias is not None)
     made.weight = nn.Parameter(weight.detach().clone().contiguous())

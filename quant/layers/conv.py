@@ -17,7 +17,7 @@ from fewstep.quant.views import weight_tensor
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):
+class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc, override]
     """conv2d with the weight, and the input where the plan says so, in a number format. Inputs (B, C, H, W)."""
 
     def __init__(

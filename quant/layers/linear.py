@@ -13,7 +13,7 @@ from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.base import QuantLayer
 
 
-class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc, override]
     """y = x W^T + b with W, and x where the plan says so, in a number format. Inputs (..., K), outputs (..., N)."""
 
     def __init__(

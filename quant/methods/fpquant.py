@@ -103,9 +103,6 @@ class FPQuant(Nearest):
         trial = Trial(site.module, plan, inputs.sample, limit=512)
         return layer_arrays(site.module, plan, quantized=learned(trial, self.steps))
 
-    def settings(self) -> dict[str, Any]:
-        return super().settings()
-
 
 def splits(bits: int, hardware: bool) -> list[Minifloat]:
     """Every float of so many bits, the middle split first; E4M3 and E5M2 are those with NaN, as hardware has them."""

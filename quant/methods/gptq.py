@@ -5,10 +5,56 @@ Source: GPTQ, 2210.17323, algorithm 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fewstep.quant.formats import Format, Quantized
+from fewstep.quant.calibration.inputs import LayerInputs
+from fewstep.quant.formats import Format, Minifloat, Quantized, Sign
+from fewstep.quant.layer_plan import LayerPlan
+from fewstep.quant.layers.build import layer_arrays
+from fewstep.quant.methods.base import FLAT, rounded_parts
+from fewstep.quant.methods.nearest import Nearest
+from fewstep.quant.methods.trial import Trial
+from fewstep.quant.sites import Site
+
+
+@dataclass(frozen=True)
+class GPTQ(Nearest):
+    """Codes chosen by GPTQ on inputs rounded as they will be; the nearest ones where those are better on the sample.
+
+    Attributes:
+        damping: what is added to the diagonal of X^T X, as a part of its mean.
+    """
+
+    weight: str = "int4:g64"
+    activation: str | None = "int8:row"
+    conv_activation: str | None = "zint8:row"
+    damping: float = 0.01
+    inputs = True
+
+    def reads(self, site: Site) -> bool:
+        return site.role not in FLAT
+
+    def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
+        if plan.splits:
+            return rounded_parts(site.module, plan)
+        grouped = site.is_conv and site.module.weight.shape[1] != getattr(site.module, "in_channels", 0)
+        if inputs is None or grouped or not takes(plan.weight):
+            return layer_arrays(site.module, plan)
+        trial = Trial(site.module, plan, inputs.sample, limit=4096)
+        rounded = trial.inputs()
+        candidates = (
+            gptq(trial.weight, plan.weight, trial.gram(rounded), damping=self.damping), plan.weight.encode(trial.weight)
+        )  # fmt: skip
+        best = min(candidates, key=lambda codes: trial.error(rounded, codes.decode()))
+        return layer_arrays(site.module, plan, quantized=best)
+
+
+def takes(format: Format) -> bool:
+    """Whether :func:`gptq` can choose codes of a format: signs have no scale before their codes."""
+    return not isinstance(format.element, Sign) and (format.scale != "e8m0" or isinstance(format.element, Minifloat))
 
 
 def gptq(matrix: Tensor, format: Format, gram: Tensor, *, damping: float = 0.01, block: int = 128) -> Quantized:
@@ -54,4 +100,5 @@ def _factor(gram: Tensor, damping: float) -> Tensor:
     diagonal[dead] = 1.0
     diagonal += damping * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    return torch.linalg.cholesky(inverse, upper=True)
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -131,9 +130,6 @@ class MixDQ(Method):
             )
         first = site.module(inputs.first.to(site.weight))
         return layer_arrays(site.module, plan, extra={"first": first.detach()})
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings()
 
 
 def constant_first_token(calls: Sequence[Call]) -> bool:

@@ -48,7 +48,7 @@ def neighbours(element: Integer | Minifloat, scaled: Tensor) -> tuple[Tensor, Te
         inside = scaled.clamp(element.low, element.high)
         return inside.floor(), inside.ceil()
     values = element.decode(torch.arange(2**element.bits, dtype=torch.uint8))
-    grid = values[values.isfinite()].unique().to(scaled.device)
+    grid = torch.unique(values[values.isfinite()]).to(scaled.device)
     inside = scaled.clamp(float(grid[0]), float(grid[-1])).contiguous()
     above = torch.bucketize(inside, grid)
     high = grid[above]

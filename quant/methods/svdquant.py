@@ -5,7 +5,7 @@ Source: SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,8 +128,8 @@ def after_gelu(model: nn.Module, name: str) -> bool:
     parent, _, last = name.rpartition(".")
     if last != "2" or not parent.endswith("net"):
         return False
-    first = type(model.get_submodule(parent)[0]).__name__  # type: ignore[index]
-    return first in ("GELU", "ApproximateGELU") and "approx" not in first.lower()
+    first = type(model.get_submodule(f"{parent}.0")).__name__
+    return first in ("GELU", "ApproximateGELU")
 
 
 def _unsigned(format: Format) -> Format | None:
@@ -191,8 +191,9 @@ def low_rank(weight: Tensor, plan: LayerPlan, iterations: int) -> tuple[Branch |
     return _alternate(matrix, plan, iterations, error)
 
 
-def _alternate(matrix: Tensor, plan: LayerPlan, iterations: int, error: object) -> tuple[Branch, Quantized]:
-    assert callable(error)
+def _alternate(
+    matrix: Tensor, plan: LayerPlan, iterations: int, error: Callable[[Branch, Quantized], float]
+) -> tuple[Branch, Quantized]:
     best: tuple[Branch, Quantized] | None = None
     least, codes_value = float("inf"), torch.zeros_like(matrix)
     for _ in range(iterations):

@@ -92,7 +92,7 @@ class Distilled(Nearest):
         return not self.only or any(part in name for part in self.only)
 
     def _chance(self, u: float) -> float:
-        return max(u, 1e-3) ** self.late
+        return float(max(u, 1e-3) ** self.late)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def least_squares(matrix: Tensor, format: Format, rounds: int = 10) -> Any:
         return format.encode(matrix)
     best = format.encode(matrix, scale)
     for _ in range(rounds):
-        codes = format.encode(matrix, scale).codes.float().unflatten(1, (groups, -1))
+        codes = format.encode(matrix, scale).codes.float().reshape(len(matrix), groups, -1)
         values = blocks(matrix, groups)
         energy = codes.square().sum(-1)
         fitted = (values * codes).sum(-1) / energy.clamp(min=1)

@@ -77,7 +77,7 @@ class Trial:
 
     def column_max(self) -> Tensor:
         """(C,): the largest weight of each input channel."""
-        return self.weight.abs().amax(0).unflatten(0, (-1, self.channels)).amax(0)
+        return self.weight.abs().amax(0).reshape(-1, self.channels).amax(0)
 
     def gram(self, rounded: Tensor) -> Tensor:
         """X^T X of the columns of the weight matrix, (K, K) float64: the Hessian of the output error by a row of weights."""

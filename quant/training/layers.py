@@ -95,7 +95,7 @@ class TrainedLayer(nn.Module):
         if len(self.shape) == 2:
             flat = x.reshape(-1, self.shape[1])
             flat = flat if act is None else rounded_through(flat, act)
-            return F.linear(flat, weight, self.bias).unflatten(0, input.shape[:-1]).to(input.dtype)
+            return F.linear(flat, weight, self.bias).reshape(*input.shape[:-1], -1).to(input.dtype)
         if act is not None:
             x = images(rounded_through(pixels(x), act), x.shape)
         out = self.geometry._conv_forward(x, weight_tensor(weight, self.shape), self.bias)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.samplers.learn.fitting.levenberg import SECANTS, Iteration, levenberg
+from fewstep.samplers.learn.fitting.levenberg import SECANTS, Iteration, calls_of_a_set, levenberg
 from fewstep.samplers.learn.fitting.mixture import Mixture, grid_of
 from fewstep.samplers.learn.fitting.parameters import Parameters, Part
 from fewstep.samplers.learn.fitting.runner import error
@@ -20,6 +20,9 @@ from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.learn.teaching.teacher import Teacher
 from fewstep.samplers.plan import SolverPlan
 
+FEWEST = 8
+SHARE = 0.2
+"""A set of differences takes at most this share of the time that is left: fewer trajectories, but not fewer than FEWEST."""
 PATIENCE = 3
 """Steps that do not help on held-out trajectories, after which a stage is over."""
 
@@ -82,7 +85,7 @@ def tune(
         )
     began = time.monotonic()
     train, judge = problem.split(held_out or max(1, len(problem) // 3))
-    begin = _start(train, judge, nfe)
+    begin, pace = _start(train, judge, nfe)
     untouched, stages = begin.error, STAGES
     if start is not None:
         given = _given(start, judge, nfe)
@@ -116,7 +119,9 @@ def tune(
             return idle < PATIENCE
 
         idle = 0
-        levenberg(parameters, train.take(slice(0, samples)), iterations=count, seconds=left, report=seen)
+        affordable = int(SHARE * left / (pace * max(1, calls_of_a_set(parameters)))) if left < math.inf else samples
+        some = train.take(slice(0, max(FEWEST, min(samples, affordable))))
+        levenberg(parameters, some, iterations=count, seconds=left, report=seen)
         carried = parameters
     provenance: dict[str, Any] = {
         **problem.about,
@@ -134,11 +139,16 @@ def tune(
     return replace(best, provenance=provenance)
 
 
-def _start(train: Problem, judge: Problem, nfe: int) -> Untuned:
-    """The best untuned plan: the few that are best on some trajectories are compared on all that are held out."""
-    few = untuned(train, nfe)[:3]
+def _start(train: Problem, judge: Problem, nfe: int) -> tuple[Untuned, float]:
+    """The best untuned plan, and the seconds that a network call takes for a sample.
+
+    The few plans that are best on some trajectories are compared on all that are held out.
+    """
+    few = untuned(train, nfe, samples=8)[:3]
+    began = time.monotonic()
     judged = [replace(u, error=float(error(u.plan, judge).mean())) for u in few]
-    return min(judged, key=lambda u: u.error)
+    pace = (time.monotonic() - began) / (len(few) * nfe * len(judge))
+    return min(judged, key=lambda u: u.error), pace
 
 
 def _given(plan: SolverPlan, judge: Problem, nfe: int) -> Untuned:

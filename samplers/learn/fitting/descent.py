@@ -97,6 +97,10 @@ def descend(
         start = part.start(plan) + offsets[some]
         free = [start.requires_grad_()] if options.relax else []
         value = loss(run(plan, part, begin=Trace((start,), ())), part, plan).mean()
+        if not value.requires_grad:
+            raise FewstepError(
+                "this model gives no gradient to its time; it must compute with the t it is given, as a tensor"
+            )
         gradients = torch.autograd.grad(value, [*tensors, *free], allow_unused=True)
         if not bool(value.isfinite()):
             break

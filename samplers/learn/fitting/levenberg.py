@@ -165,6 +165,20 @@ def _end_of(plan: SolverPlan, here: _Point, problem: Problem) -> tuple[Tensor, i
     return run(plan, problem, begin=seen).end, plan.steps - row - 1
 
 
+def calls_of_a_set(parameters: Fittable) -> int:
+    """How many network calls of the batch one set of differences takes; none is made."""
+    vector, plan = parameters.vector(), parameters.frozen()
+    total = 0
+    for j in range(len(vector)):
+        moved = vector.clone()
+        moved[j] += DIFFERENCE
+        parameters.set(moved)
+        place = first_difference(plan, parameters.frozen())
+        total += 0 if place is None else plan.steps - place[0] - (not place[1])
+    parameters.set(vector)
+    return total
+
+
 def first_difference(a: SolverPlan, b: SolverPlan) -> tuple[int, bool] | None:
     """(the first row in which two plans of one kind differ, whether its network call does); None where they are equal."""
     heard = (a.model_time != b.model_time) | (a.alpha[:-1] != b.alpha[:-1]) | (a.sigma[:-1] != b.sigma[:-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -68,7 +67,7 @@ class Mixture(Solver):
             Row(first.state * factor, [first.outputs[0] * w for w in share])
             for first, factor, share in zip(_first_order(self.basis, grid), self.factors, self.shares, strict=True)
         ]
-        bases: Sequence[Basis] = [self.basis] * grid.steps
+        bases: list[Basis] = [self.basis for _ in rows]
         plan = plan_from_rows(schedule, grid, bases, rows, method=str(self), order=1)
         return checked(plan, strict=self.consistent)
 

@@ -66,7 +66,8 @@ class AveragedAMED:
             c = 1 + float(self._vector[k, 1])
             forms.append(combine([(stage.state, Form.state(2 * k)), (stage.outputs[0], Form.output(2 * k))]))
             forms.append(combine([(step.state, Form.state(2 * k)), (c * step.outputs[0], Form.output(2 * k + 1))]))
-        plan = plan_from_forms(schedule, grid, [basis] * (2 * s), forms, method="averaged AMED", order=1)
+        bases: list[Basis] = [basis for _ in range(2 * s)]
+        plan = plan_from_forms(schedule, grid, bases, forms, method="averaged AMED", order=1)
         return replace(plan, provenance=dict(provenance or {})).validate(strict=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
+from torch import Tensor
 
 from fewstep.artifact import read_json, write_json
 from fewstep.errors import FewstepError
@@ -54,16 +55,18 @@ def dc_search(
     solver = DCSolver(base, tuple(ratios))
     trace: Trace | None = None
     for i in range(solver.compensation_order, n):
-        begin = run(solver.compile(problem.schedule, grid), some, begin=trace, rows=i).until(i)
+        begin: Trace = run(solver.compile(problem.schedule, grid), some, begin=trace, rows=i).until(i)
         last = min(i + 2, n)
         goal = some.state_at(float(grid.lam[last]))
 
-        def miss(r: float, i: int = i, begin: Trace = begin, last: int = last, goal: Any = goal) -> float:
+        def miss(r: float, i: int = i, begin: Trace = begin, last: int = last, goal: Tensor = goal) -> float:
             tried = DCSolver(base, (*ratios[:i], float(r), *ratios[i + 1 :]))
             end = run(tried.compile(problem.schedule, grid), some, begin=begin, rows=last).end
             return float(rms(end, goal).mean()) * (1 + SHRINK * ((r - 1) / BOUND) ** 2)
 
-        found = minimize_scalar(miss, bounds=(1 - BOUND, 1 + BOUND), method="bounded", options={"maxiter": evaluations})
+        found: Any = minimize_scalar(
+            miss, bounds=(1 - BOUND, 1 + BOUND), method="bounded", options={"maxiter": evaluations}
+        )
         if found.fun < miss(1.0):
             ratios[i] = float(found.x)
         trace, solver = begin, DCSolver(base, tuple(ratios))

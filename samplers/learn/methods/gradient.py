@@ -51,7 +51,7 @@ def fit(
         best = [u for u in untuned(train, nfe) if (solver is None or u.solver == solver)]
         start = best[0] if best else untuned(train, nfe)[0]
         solver, grid = solver or start.solver, grid or start.grid
-    parts = list(dict.fromkeys(p for stage in stages for p in stage))
+    parts: list[Part] = list(dict.fromkeys(p for stage in stages for p in stage))
     parameters = Parameters(solver, problem.schedule, grid, parts)
     before = float(error(parameters.frozen(), held_out).mean())
     history: list[float] = []

@@ -72,7 +72,7 @@ def quantize(
             keep=samples,
         )
     if plan_only:
-        from fewstep.quant.apply import evaluating
+        from fewstep.quant.state import evaluating
 
         with evaluating(network):
             print(method if isinstance(method, quant.QuantPlan) else method.plan(network, calls or ()))

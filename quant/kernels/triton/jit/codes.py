@@ -1,10 +1,11 @@
-# type: ignore  # Triton's language looks like Python but has other types
 """Numbers to codes and back inside a kernel, by integer arithmetic alone.
 
 Hardware conversions differ between architectures (none for E4M3 below sm_89, E2M1 from sm_100 on only); these are one
 path for all of them, bit-exact, and quantisation is bound by memory anyway.
 """
 
+# Triton's language looks like Python but has other types.
+# mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201
 
 import triton

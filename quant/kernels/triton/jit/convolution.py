@@ -1,6 +1,8 @@
-# type: ignore  # Triton's language looks like Python but has other types
 """int8 convolution of NHWC images as a matrix product whose left matrix is never written down (implicit GEMM)."""
 
+# Triton's language looks like Python but has other types.
+# mypy: ignore-errors
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 # ruff: noqa: ANN001, ANN201
 
 import triton
@@ -29,19 +31,20 @@ def int8_conv(
     top = (m // OUT_W) % OUT_H * STRIDE_H - PAD_H
     left = m % OUT_W * STRIDE_W - PAD_W
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for tap in range(KERNEL_H * KERNEL_W):
+    chunks = tl.cdiv(C, BLOCK_K)
+    for step in range(KERNEL_H * KERNEL_W * chunks):  # one loop for taps and channels: loads run ahead through both
+        tap = step // chunks
+        first = step % chunks * BLOCK_K
         row = top + tap // KERNEL_W * DILATION_H
         column = left + tap % KERNEL_W * DILATION_W
-        inside = (m < M) & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+        mask = ((m < M) & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH))[:, None]
+        channel = first + tl.arange(0, BLOCK_K)
+        if not EVEN:
+            mask = mask & (channel[None, :] < C)
         pixel = x + ((image.to(tl.int64) * HEIGHT + row) * WIDTH + column) * C
-        for c in range(0, C, BLOCK_K):
-            channel = c + tl.arange(0, BLOCK_K)
-            mask = inside[:, None]
-            if not EVEN:
-                mask = mask & (channel[None, :] < C)
-            codes = tl.load(pixel[:, None] + channel[None, :], mask=mask, other=0)
-            weights = load_rows(w + tap * C, n, c, N, C, KERNEL_H * KERNEL_W * C, BLOCK_K, EVEN)
-            acc = tl.dot(codes, tl.trans(weights), acc, out_dtype=tl.int32)
+        codes = tl.load(pixel[:, None] + channel[None, :], mask=mask, other=0)
+        weights = load_rows(w + tap * C, n, first, N, C, KERNEL_H * KERNEL_W * C, BLOCK_K, EVEN)
+        acc = tl.dot(codes, tl.trans(weights), acc, out_dtype=tl.int32)
     rows = tl.load(sx + image, m < M, 0.0)
     columns = tl.load(sw + n, n < N, 0.0)
     acc = acc.to(tl.float32) * rows[:, None] * columns[None, :]

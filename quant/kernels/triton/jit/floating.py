@@ -1,6 +1,8 @@
-# type: ignore  # Triton's language looks like Python but has other types
 """Y = Q_a Q_w^T with scales, low rank and bias, for FP8 with a scale per row and for MXFP8, MXFP4 and NVFP4."""
 
+# Triton's language looks like Python but has other types.
+# mypy: ignore-errors
+# pyright: reportAssignmentType=false
 # ruff: noqa: ANN001, ANN201
 
 import triton

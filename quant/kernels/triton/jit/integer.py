@@ -1,6 +1,8 @@
-# type: ignore  # Triton's language looks like Python but has other types
 """Y = s_a s_w (Q_a Q_w^T) + low rank + bias for integer codes: W8A8, W4A8, W4A4, and tiles of both A8 and A4."""
 
+# Triton's language looks like Python but has other types.
+# mypy: ignore-errors
+# pyright: reportArgumentType=false
 # ruff: noqa: ANN001, ANN201
 
 import triton

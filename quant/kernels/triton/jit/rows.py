@@ -1,6 +1,8 @@
-# type: ignore  # Triton's language looks like Python but has other types
 """Quantisation of rows, with the smoothing division before it and the low-rank down-projection beside it."""
 
+# Triton's language looks like Python but has other types.
+# mypy: ignore-errors
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
 # ruff: noqa: ANN001, ANN201
 
 import triton

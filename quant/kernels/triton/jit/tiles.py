@@ -1,6 +1,7 @@
-# type: ignore  # Triton's language looks like Python but has other types
 """What every matrix product shares: which tile a program makes, and what is added to it before it is stored."""
 
+# Triton's language looks like Python but has other types.
+# mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201
 
 import triton

@@ -1,0 +1,158 @@
+"""What quantisation does to a network's output on average, taken off again: a gain and an offset a time step and channel.
+
+    y = (y_q - b_t) / (1 + k_t)        k_t, b_t from the regression of y_q on y at every calibrated step
+
+Source: PTQD, 2305.10657, eq. 12 to 15 (the part of the noise that follows the output, and its mean); CacheQuant, 2503.01323,
+eq. 11, fits the same by channel. PTQD's third part, the variance that is left, belongs into a sampler with noise of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.artifact import read_json, read_tensors, write_with_tensors
+from fewstep.errors import ArtifactError, FewstepError
+from fewstep.quant.calibration.calls import as_calls, first_tensor
+from fewstep.quant.state import RECORD, Record, evaluating, twin, unwrapped
+
+HANDLE = "_fewstep_correction"
+_ARRAYS = ("times", "gain", "offset")
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """A table by time step; a call at a time in between takes the nearest row.
+
+    It belongs to the quantised network and to the sampler whose calls it was fitted on.
+
+    Attributes:
+        times: (T,) float64, ascending: what the network was told.
+        gain: (T, C) float64, 1 + k.
+        offset: (T, C) float64, b.
+        fingerprint: of the plan's architecture.
+    """
+
+    times: Tensor
+    gain: Tensor
+    offset: Tensor
+    fingerprint: str
+
+    def rows(self, timestep: Any, batch: int) -> tuple[Tensor, Tensor]:
+        """Gain and offset (B, C) for the times of a call."""
+        times = torch.as_tensor(timestep).detach().double().cpu().reshape(-1).expand(batch)
+        row = (times[:, None] - self.times[None]).abs().argmin(1)
+        return self.gain[row], self.offset[row]
+
+    def corrected(self, output: Tensor, timestep: Any) -> Tensor:
+        """An output (B, C, ...) of the quantised network without its mean error."""
+        gain, offset = (r.to(output) for r in self.rows(timestep, len(output)))
+        shape = (*gain.shape, *[1] * (output.ndim - 2))
+        return (output - offset.reshape(shape)) / gain.reshape(shape)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, which must end in .json, and the arrays beside it."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        write_with_tensors(_json_path(path), "QuantCorrection", {"fingerprint": self.fingerprint}, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Correction:
+        """Read :meth:`save`; ArtifactError where that cannot be."""
+        path = _json_path(path)
+        body = read_json(path, "QuantCorrection", required=("fingerprint", "arrays", "arrays_sha256"))
+        arrays = read_tensors(path.with_name(Path(str(body["arrays"])).name), body["arrays_sha256"], _ARRAYS)
+        return cls(**arrays, fingerprint=str(body["fingerprint"]))
+
+
+def fit_correction(module: nn.Module, calibration: Any, *, by_channel: bool = True) -> Correction:
+    """Fit a correction for a quantised network that still has its originals.
+
+    Args:
+        module: quantised with ``keep_originals=True``, without a correction.
+        calibration: calls that are told a time, see :func:`~fewstep.quant.record`.
+        by_channel: a gain for every channel; else one a step, as PTQD has it. Offsets are by channel.
+
+    Raises:
+        FewstepError: not quantised, originals gone, corrected already, or calls without a time.
+    """
+    model, calls = unwrapped(module), as_calls(calibration)
+    record: Record | None = getattr(model, RECORD, None)
+    if record is None or not record.originals:
+        raise FewstepError("a correction is fitted against the float layers; quantise with keep_originals=True")
+    if getattr(model, HANDLE, None) is not None:
+        raise FewstepError("the network has a correction already; remove_correction_ first")
+    if not calls or any(call.timestep != call.timestep for call in calls):
+        raise FewstepError(
+            "a correction is a table by time step; give calls that are told their time, see quant.record"
+        )
+    pairs: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad(), twin(model, record) as original:
+        for call in calls:
+            here = call.to(device)
+            pair = (here.run(model).double().cpu(), here.run(original).double().cpu())
+            pairs.setdefault(call.timestep, []).append(pair)
+    times = sorted(pairs)
+    found = [_fit(pairs[time], by_channel) for time in times]
+    gain, offset = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return Correction(torch.tensor(times, dtype=torch.float64), gain, offset, record.plan.fingerprint)
+
+
+def correct_(module: nn.Module, correction: Correction) -> None:
+    """Apply a correction to every output of a quantised network, until :func:`remove_correction_` or ``dequantize_``.
+
+    Raises:
+        FewstepError: for a network that is not quantised, of another architecture, or corrected already.
+    """
+    model = unwrapped(module)
+    record: Record | None = getattr(model, RECORD, None)
+    if record is None or record.plan.fingerprint != correction.fingerprint:
+        raise FewstepError(f"the correction is for a quantised network with fingerprint {correction.fingerprint}")
+    if getattr(model, HANDLE, None) is not None:
+        raise FewstepError("the network has a correction already; remove_correction_ first")
+
+    def hook(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if time is None:
+            raise FewstepError("the network was not told its time; remove_correction_ first")
+        better = correction.corrected(first_tensor(output), time)
+        if isinstance(output, Tensor):
+            return better
+        return (better, *output[1:]) if isinstance(output, tuple) else type(output)(sample=better)
+
+    setattr(model, HANDLE, model.register_forward_hook(hook, with_kwargs=True))
+
+
+def remove_correction_(module: nn.Module) -> bool:
+    """Take a correction off; whether there was one."""
+    model = unwrapped(module)
+    handle = getattr(model, HANDLE, None)
+    if handle is None:
+        return False
+    handle.remove()
+    delattr(model, HANDLE)
+    return True
+
+
+def _fit(pairs: Sequence[tuple[Tensor, Tensor]], by_channel: bool) -> tuple[Tensor, Tensor]:
+    """Gain and offset (C,) of y_q = gain y + offset by least squares; a gain that is not positive counts as 1."""
+    got, want = (torch.cat([p[i].transpose(0, 1).flatten(1) for p in pairs], dim=1) for i in (0, 1))
+    centred = want - want.mean(1, keepdim=True)
+    products, squares = ((got - got.mean(1, keepdim=True)) * centred).sum(1), centred.square().sum(1)
+    if not by_channel:
+        products, squares = products.sum().expand_as(products), squares.sum().expand_as(squares)
+    gain = torch.where(squares > 0, products / squares.clamp(min=1e-30), 1.0)
+    gain = torch.where(gain > 0, gain, 1.0)
+    return gain, got.mean(1) - gain * want.mean(1)
+
+
+def _json_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ArtifactError(f"a correction's path must end in .json, got {str(path)!r}")
+    return path
