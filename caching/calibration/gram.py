@@ -35,6 +35,7 @@ class Gram:
         self.products: Array = np.zeros((0, 0, 0))
         self.sums: Array = np.zeros((0, 0))
         self.count = 0
+        self._centered: tuple[int, Array] = (-1, np.zeros((0, 0, 0)))
 
     def add(self, features: Sequence[Tensor]) -> None:
         """Add a batch: the site's value at every step, all of one shape."""
@@ -51,7 +52,7 @@ class Gram:
     @property
     def steps(self) -> int:
         """Steps of the trajectory."""
-        return self.sums.shape[1]
+        return int(self.sums.shape[1])
 
     def left(self, step: int, past: Sequence[int]) -> float:
         """Mean square that the best affine prediction of ``step`` from the steps ``past`` leaves, over all channels.
@@ -78,7 +79,7 @@ class Gram:
         return float(self._covariance()[:, step, step].sum() / max(self.count, 1))
 
     def _covariance(self) -> Array:
-        if not hasattr(self, "_centered") or self._centered[0] != self.count:
+        if self._centered[0] != self.count:
             outer = np.einsum("cs,ct->cst", self.sums, self.sums) / max(self.count, 1)
             self._centered = (self.count, self.products - outer)
         return self._centered[1]

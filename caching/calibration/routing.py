@@ -185,7 +185,7 @@ class _Lesson:
             self.errors[step] = float(error.detach())
             loss = self.gates.weights[step] * error + self.price * self.gates.share(step)
             self.optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             self.optimizer.step()
         with torch.no_grad():
             self.gates.logits.clamp_(-OPEN, OPEN)

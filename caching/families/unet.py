@@ -43,7 +43,8 @@ class UNetFamily(Family):
     @property
     def branch_count(self) -> int:
         """How many branches there are: every layer of the decoder but the first starts one."""
-        return sum(len(block.resnets) for block in self.model.up_blocks) - 1  # type: ignore[union-attr, arg-type, misc]
+        up: Any = self.model.up_blocks
+        return sum(len(block.resnets) for block in up) - 1
 
     def _encoder(self) -> Iterator[str]:
         yield "conv_in"
