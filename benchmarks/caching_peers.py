@@ -105,9 +105,10 @@ def cache_dit(threshold: float, front: int = 1, back: int = 0, warmup: int = 1, 
 
 @contextmanager
 def copied(pipe: Any) -> Iterator[nn.Module]:
-    """The pipeline with a copy of its transformer in the original's place."""
+    """The pipeline with a copy of its transformer in the original's place; both share the weights."""
     original = pipe.transformer
-    pipe.transformer = copy.deepcopy(original)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
+    pipe.transformer = copy.deepcopy(original, shared)
     try:
         yield pipe.transformer
     finally:

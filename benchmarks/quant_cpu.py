@@ -29,7 +29,7 @@ Network = tuple[nn.Module, Call, str]
 
 def dit() -> Network:
     """DiT-XL/2 at 256 x 256 pixels: 28 blocks of width 1152, 256 tokens, one guided image (a batch of 2)."""
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -42,7 +42,7 @@ def dit() -> Network:
 
 def dit_long() -> Network:
     """DiT-XL/2 at 512 x 512 pixels, 4 of its 28 blocks: 1024 tokens, where attention weighs more."""
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -55,7 +55,7 @@ def dit_long() -> Network:
 
 def unet() -> Network:
     """Stable Diffusion 1.5's UNet at 512 x 512 pixels, one image."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     torch.manual_seed(0)
     model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)

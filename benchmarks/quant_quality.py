@@ -40,6 +40,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "W4A8 GPTQ": quant.GPTQ,
     "W4A8 float (FPQuant)": lambda: quant.FPQuant(steps=60),
     "MixDQ 5 bits": lambda: quant.MixDQ(budget=5.0, splits=5, finalists=2),
+    "MixDQ 5 bits GPTQ": lambda: quant.MixDQ(budget=5.0, splits=5, finalists=2, gptq=True),
     "W4A8 AdaQuant": lambda: quant.AdaQuant(steps=60),
     "W4A4 SVDQuant r32": lambda: quant.SVDQuant(rank=32, grid=8, iterations=10),
     "W4A4 SVDQuant r0": lambda: quant.SVDQuant(rank=0, grid=8),

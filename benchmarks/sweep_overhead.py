@@ -4,9 +4,9 @@
 
 A sweep with FID and accuracy is run with a clock around every network: denoiser, decoder, text encoder, feature net.
 "Networks" are their forward passes. "Pipeline" is the rest of the pipeline's calls: scheduler steps, noise, the loop; also
-of any script without a sweep. "Sweep" is what is left of the wall clock of ``Sweep.run``: loading and hashing the model,
-files, checks, statistics. Then the finished sweep is run again, in this process and as a command of its own, whose imports
-are also timed alone.
+of any script without a sweep. "Loading" reads the model, once. "Sweep" is what is left of the wall clock of ``Sweep.run``:
+hashing, files, checks, statistics. Then the finished sweep is run again, in this process and as a command of its own, whose
+imports are also timed alone.
 
 A small model makes the shares large: a sweep's own seconds do not grow with the model, the networks' do.
 """
@@ -31,6 +31,7 @@ from torch import nn
 from fewstep import pipelines
 from fewstep.eval import Sweep, feature_net
 from fewstep.eval.sweeps import painting
+from fewstep.eval.sweeps.sources import Source
 
 
 class Clock:
@@ -78,15 +79,17 @@ def main() -> None:
     about = machine()
     steps = [int(count) for count in options.steps.split(",")]
     request: dict[str, Any] = {"samples": options.samples, "batch_size": options.batch, "metrics": ["fid", "accuracy"]}
-    Sweep(options.model, ["DDIM"], steps[:1], **{**request, "samples": 2}).estimate()  # imports are not the sweep's
+    Sweep(
+        options.model, ["diffusers:DDIMScheduler"], steps[:1], **{**request, "samples": 2}
+    ).estimate()  # imports are not the sweep's
     feature_net("fashion")
     with tempfile.TemporaryDirectory() as folder:
-        sweep = Sweep(options.model, ["DDIM"], steps, device="cpu", **request)
+        sweep = Sweep(options.model, ["diffusers:DDIMScheduler"], steps, device="cpu", **request)
         spent = measured(sweep, options.model, folder)
         again = min(timed(lambda: sweep.run(folder, progress=False)) for _ in range(3))
         file = Path(folder) / "sweep.toml"
         file.write_text(
-            f'model = "{options.model}"\nschedulers = ["DDIM"]\nsteps = {steps}\nsamples = {options.samples}\n'
+            f'model = "{options.model}"\nschedulers = ["diffusers:DDIMScheduler"]\nsteps = {steps}\nsamples = {options.samples}\n'
             f'batch_size = {options.batch}\nmetrics = ["fid", "accuracy"]\ndevice = "cpu"\n'
         )
         command = processor_seconds(lambda: cli("sweep", str(file), "--out", folder))
@@ -106,7 +109,7 @@ IMPORTS = "import fewstep.eval.sweeps.run; from diffusers import DiTPipeline, Au
 
 def measured(sweep: Sweep, model: str, folder: str) -> dict[str, float]:
     """Seconds of the whole run and of its parts."""
-    drawing, inside, features = Clock(), Clock(), Clock()
+    drawing, inside, features, loading = Clock(), Clock(), Clock(), Clock()
     with ExitStack() as stack:
         for component in pipelines.load(model).components.values():
             if isinstance(component, nn.Module):
@@ -115,12 +118,14 @@ def measured(sweep: Sweep, model: str, folder: str) -> dict[str, float]:
                 )
         stack.enter_context(features.around(type(feature_net("fashion").module), "forward"))
         stack.enter_context(drawing.around(painting, "draw"))
+        stack.enter_context(loading.around(Source, "load"))
         wall = timed(lambda: sweep.run(folder, progress=False))
     return {
         "wall": wall,
         "networks": inside.seconds + features.seconds,
         "pipeline": drawing.seconds - inside.seconds,
-        "sweep": wall - drawing.seconds - features.seconds,
+        "loading": loading.seconds,
+        "sweep": wall - drawing.seconds - features.seconds - loading.seconds,
     }
 
 
@@ -149,13 +154,13 @@ def python(*arguments: str) -> None:
 
 
 def report(body: dict[str, Any]) -> str:
-    parts = ("networks", "pipeline", "sweep")
+    parts = ("networks", "pipeline", "loading", "sweep")
     rows = [[name, f"{body[name]:.2f}", f"{100 * body[name] / body['wall']:.1f} %"] for name in (*parts, "wall")]
     cells = len(body["steps"])
     return (
         "# What a sweep costs beside its networks\n\n"
-        f"{body['model']}, DDIM at {', '.join(map(str, body['steps']))} steps, {body['samples']} images a cell in batches of "
-        f"{body['batch']}, FID and accuracy; {cells} cells, {body['bytes'] / 1e6:.1f} MB.\n\n"
+        f"{body['model']}, diffusers' DDIM at {', '.join(map(str, body['steps']))} steps, {body['samples']} images a cell "
+        f"in batches of {body['batch']}, FID and accuracy; {cells} cells, {body['bytes'] / 1e6:.1f} MB.\n\n"
         f"{table(['', 's', 'of the wall clock'], rows)}\n"
         f"The finished sweep again: {body['again']:.2f} s in the same process (best of 3); as `fewstep sweep` "
         f"{body['command']:.2f} s of processor time, of which {body['imports']:.2f} s are imports.\n"

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from fewstep.eval.pairs.latents import latent_rmse as latent_rmse
     from fewstep.eval.pairs.perceptual import FeatureDistance as FeatureDistance
     from fewstep.eval.pairs.perceptual import Lpips as Lpips
+    from fewstep.eval.pairs.reference import check_reference as check_reference
     from fewstep.eval.pairs.same_seed import Fidelity as Fidelity
     from fewstep.eval.pairs.same_seed import fidelity as fidelity
     from fewstep.eval.pairs.samples import Samples as Samples
@@ -118,6 +119,7 @@ _MODULES = {
     "pairs.perceptual": ("FeatureDistance", "Lpips"),
     "statistics.replicates": ("Blocks", "seed_blocks"),
     "sweeps.results": ("Results",),
+    "pairs.reference": ("check_reference",),
     "pairs.same_seed": ("Fidelity", "fidelity"),
     "pairs.samples": ("Samples",),
     "score": ("Score",),
@@ -164,6 +166,7 @@ __all__ = [
     "WallClock",
     "best",
     "capture_latents",
+    "check_reference",
     "clip_score",
     "cmmd",
     "compare",

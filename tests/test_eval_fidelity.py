@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fewstep.eval import FeatureDistance, Lpips, Samples, Score, fidelity
+from fewstep.eval import FeatureDistance, Lpips, Samples, Score, check_reference, fidelity
 from fewstep.eval.pairs.perceptual import layer_distance
 from fewstep.eval.pairs.pixels import psnr, ssim
 from tests.eval_fixtures import random_images, tiny_features
@@ -333,9 +333,10 @@ def test_large_images_come_in_small_batches(monkeypatch):
     reference = random_images(5)
     whole = fidelity(noisy(reference, [9] * 5), reference)
     monkeypatch.setattr(same_seed, "PIXELS", 2 * 32 * 32)
-    sizes = [len(a) for a, _ in same_seed._pairs(reference, reference, 250)]
-    assert sizes == [2, 2, 1]
+    sizes = []
+    monkeypatch.setattr(same_seed, "psnr", lambda a, b: sizes.append(len(a)) or psnr(a, b))
     assert fidelity(noisy(reference, [9] * 5), reference)["psnr"].values.tolist() == whole["psnr"].values.tolist()
+    assert sizes == [2, 2, 1]
 
 
 def test_activations_in_place_do_not_reach_what_was_kept():
@@ -380,3 +381,30 @@ def test_single_values_of_a_score():
         Samples(np.array([1.0, math.nan]), (7, 8), "psnr[dB]")
     with pytest.raises(ValueError, match="not known whether"):
         Samples(np.array([1.0]), (7,), "loss[x]").worst()
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+def distances(*values, metric="latent_rmse", ids=None):
+    return Samples(np.array(values), tuple(ids or range(len(values))), f"{metric}[N={len(values)}]")
+
+
+def test_a_reference_is_believed_where_the_effect_is_ten_times_its_error():
+    assert check_reference(distances(0.25, 0.75), distances(8.0, 4.0)) == 12.0
+    assert check_reference(distances(0.5, 0.5), distances(2.0, 2.0), enough=4) == 4.0
+    assert check_reference(distances(0.0), distances(1.0)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("error", "effect", "said"),
+    [
+        (distances(0.5), distances(4.0), "4 is only 8 times the reference's own error of 0.5; it takes 10 times"),
+        (distances(0.0), distances(0.0, ids=[1]), "other seeds"),
+        (distances(1.0), distances(1.0, metric="lpips"), "latent_rmse and lpips are given"),
+        (distances(1.0, metric="psnr"), distances(1.0, metric="psnr"), "give one distance"),
+    ],
+)
+def test_a_reference_that_is_not_is_refused(error, effect, said):
+    with pytest.raises(ValueError, match=said):
+        check_reference(error, effect)

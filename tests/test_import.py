@@ -46,7 +46,7 @@ PUBLIC = {
     "eval": (
         "fid clip_score cost Sweep report Moments Score fidelity Fidelity compare seed_blocks capture_latents "
         "compare_clock macs fid_infinity sfid kid cmmd prdc inception_score sliced_wasserstein measure_images FeatureSet "
-        "Transform best status compare_sweeps"
+        "Transform best status compare_sweeps check_reference"
     ),
 }
 """Names that users rely on: taking one away is a breaking change, and this list is where it shows."""

@@ -289,7 +289,7 @@ def test_a_plan_is_printed_saved_compared_and_followed(tmp_path):
     mixed.save(tmp_path / "plan.json")
     back = quant.QuantPlan.load(tmp_path / "plan.json", model)
     assert back.to_json() == mixed.to_json()
-    for config in (back, quant.MixedPrecision(back), quant.MixedPrecision(tmp_path / "plan.json")):
+    for config in (back, quant.MixedPrecision(back), quant.MixedPrecision(tmp_path / "plan.json", gptq=True)):
         report = quant.quantize_(model, config, calls)
         assert report.plan.layers == mixed.layers
         quant.dequantize_(model)

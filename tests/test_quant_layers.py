@@ -150,6 +150,18 @@ def test_other_dtypes_keep_codes_and_scales(dtype):
         assert relative(out, build(layer, LayerPlan("int8:row", "int8:row"))(x)) < 0.02
 
 
+@pytest.mark.parametrize(("weight", "activation"), FORMATS)
+def test_inputs_may_lie_in_memory_in_any_order(weight, activation):
+    made = build(linear(), LayerPlan(weight, activation))
+    x = torch.randn(1, 128, 20, generator=seeded(16)).transpose(1, 2)  # as a UNet's transformer hands pixels on
+    assert not x.is_contiguous()
+    assert relative(made(x), made(x.contiguous())) < 1e-6
+    folded = build(conv(), LayerPlan(weight, activation)) if weight != "e4m3:tensor" else None
+    if folded is not None:
+        images = torch.randn(2, 64, 5, 7, generator=seeded(17))
+        assert relative(folded(images.to(memory_format=torch.channels_last)), folded(images)) < 1e-6
+
+
 def test_layers_copy_pickle_and_load_after_they_ran():
     made = build(linear(), LayerPlan("int8:row", "int8:row"))
     x = torch.randn(4, 128, generator=seeded(11))

@@ -262,7 +262,7 @@ def recorded(shared):
     [
         SVDQuant(rank=4, group_size=16, grid=4), SVDQuant("nvfp4", "nvfp4", rank=4, grid=3), AdaQuant(steps=10),
         FPQuant(steps=10, group_size=16), quant.GPTQ(weight="int4:g16"),
-        quant.MixDQ(budget=5.5, splits=4, finalists=2, keep=NARROW),
+        quant.MixDQ(budget=5.5, splits=4, finalists=2, keep=NARROW, gptq=True),
     ],
     ids=lambda c: type(c).__name__,
 )  # fmt: skip

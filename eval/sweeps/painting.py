@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -54,6 +55,7 @@ class Painter:
         self._memory = MacMemory(setting, len(denoisers(pipe)))
         self._warm = False
         self._spoiled = ""
+        self._fresh: tuple[Cell, Any] | None = None
 
     def draw(self, cell: Cell, store: CellStore, batches: Sequence[range]) -> None:
         """Draw ``batches`` of a cell's seeds and write each as it is done.
@@ -89,7 +91,7 @@ class Painter:
         # A scheduler and a cache of its own for every batch: none can carry anything from one batch into the next, so
         # a resumed sweep draws what an uninterrupted one does.
         with self._setting.transform("cache", cell).applied("cache", self._pipe) as cache:
-            self._pipe.scheduler = self._setting.scheduler(cell)
+            self._pipe.scheduler = self._scheduler(cell)
             reset_peak_memory()
             watched = capture_latents(self._pipe) if self._setting.arm else nullcontext()
             with watched as captured, CallCounter(self._pipe) as counter, Timer() as timer:
@@ -130,8 +132,14 @@ class Painter:
 
     def _tried(self, cell: Cell, seeds: range, around: AbstractContextManager[Any]) -> None:
         with self._setting.transform("cache", cell).applied("cache", self._pipe), around:
-            self._pipe.scheduler = self._setting.scheduler(cell)
+            self._pipe.scheduler = self._scheduler(cell)
             self._images(cell, seeds)
+
+    def _scheduler(self, cell: Cell) -> Any:
+        """A copy of one that was never used: made anew it would cost a small model's batch some percent."""
+        if self._fresh is None or self._fresh[0] != cell:
+            self._fresh = cell, self._setting.scheduler(cell)
+        return copy.deepcopy(self._fresh[1])
 
     def _images(self, cell: Cell, seeds: range) -> Tensor:
         s = self._setting

@@ -98,6 +98,7 @@ def traces(
     weights = {site.name: site.module.weight for site in sites}
     needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     sums, before = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, math.inf)
+    means = dict(sums)
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() and any(parameter is w for w in weights.values()))

@@ -65,18 +65,18 @@ class Native(Backend):
         if not packed.weight.dtype.is_floating_point:
             rows = activation.codes.shape[0]
             codes = torch.nn.functional.pad(activation.codes, (0, 0, 0, max(0, 17 - rows)))  # cuBLAS wants more than 16
-            sums: Tensor = torch._int_mm(codes, packed.weight)
+            sums: Tensor = torch.ops.aten._int_mm(codes, packed.weight)
             return sums[:rows].float() * activation.scale * packed.scale
         codes = activation.codes.view(_dtype(activation.format))
         by_tensor = activation.format.granularity == "tensor"
         if not by_tensor and activation.codes.is_cuda:
             # Row scales after the product: some builds for sm_89 and sm_120 have only the kernel with one scale.
             one = torch.ones((), device=codes.device)
-            out: Tensor = torch._scaled_mm(codes, packed.weight, one, one, out_dtype=torch.float32)
+            out: Tensor = torch.ops.aten._scaled_mm(codes, packed.weight, one, one, out_dtype=torch.float32)
             return out * activation.scale * packed.scale
         scale_a = activation.scale.reshape(()) if by_tensor else activation.scale.contiguous()
         scale_b = packed.scale.reshape(()) if by_tensor else packed.scale
-        product: Tensor = torch._scaled_mm(codes, packed.weight, scale_a, scale_b, out_dtype=torch.float32)
+        product: Tensor = torch.ops.aten._scaled_mm(codes, packed.weight, scale_a, scale_b, out_dtype=torch.float32)
         return product
 
 

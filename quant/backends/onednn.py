@@ -77,6 +77,7 @@ class OneDNN(Backend):
 
     def product(self, activation: Quantized, packed: _Packed) -> Tensor:
         codes, offset = _unsigned(activation)
+        codes = codes.contiguous()
         out = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, offset, packed.kernel, packed.scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -86,7 +87,7 @@ class OneDNN(Backend):
         if layer.plan.activation != _PLAIN or layer.input_scale is not None:
             return super().linear(layer, flat)
         packed = layer.remember(self.name, lambda: self.pack(layer.quantized_weight()))
-        codes, scale = _plain_codes(layer.prepare(flat), 1)
+        codes, scale = _plain_codes(layer.prepare(flat).contiguous(), 1)
         out = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, packed.kernel, packed.scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -177,9 +178,12 @@ def adds_exactly() -> bool:
     """Whether this CPU adds products of the largest codes (255 and 127) without cutting them off, found by doing so."""
     codes = torch.full((16, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
     ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
-    out = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        out = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    except RuntimeError:  # no such kernel for this processor: the probe of the backend will say so
+        return False
     return bool((out == 255 * 127 * 64).all())

@@ -26,6 +26,14 @@ FLOATS = ("bias", "smooth", "down", "up", "first")
 ARRAYS = (*WEIGHT, *INPUT, *FLOATS)
 
 
+def _remembering(memory: dict[Any, Any], key: Any, make: Callable[[], Any]) -> None:
+    memory[key] = make()
+
+
+# A compiler's graph is broken here once; from then on what was made is a constant in it.
+_fill: Callable[[dict[Any, Any], Any, Callable[[], Any]], None] = torch.compiler.disable(_remembering)
+
+
 class QuantLayer(nn.Module):
     """Base of :class:`QuantLinear` and :class:`QuantConv2d`; its arrays are parameters that take no gradient.
 
@@ -100,12 +108,8 @@ class QuantLayer(nn.Module):
     def remember(self, key: Any, make: Callable[[], Any]) -> Any:
         """What a backend made of the weight, made once; forgotten when the weight moves or is loaded."""
         if key not in self.memory:
-            self._make(key, make)
+            _fill(self.memory, key, make)
         return self.memory[key]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph is broken here once; from then on what was made is a constant in it
-    def _make(self, key: Any, make: Callable[[], Any]) -> None:
-        self.memory[key] = make()
 
     # -- input --------------------------------------------------------------------------------------------------------
     def encode_input(self, matrix: Tensor) -> Quantized:

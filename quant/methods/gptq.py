@@ -40,16 +40,19 @@ class GPTQ(Nearest):
     def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
         if plan.splits:
             return rounded_parts(site.module, plan)
-        grouped = site.is_conv and site.module.weight.shape[1] != getattr(site.module, "in_channels", 0)
-        if inputs is None or grouped or not takes(plan.weight):
-            return layer_arrays(site.module, plan)
-        trial = Trial(site.module, plan, inputs.sample, limit=4096)
-        rounded = trial.inputs()
-        candidates = (
-            gptq(trial.weight, plan.weight, trial.gram(rounded), damping=self.damping), plan.weight.encode(trial.weight)
-        )  # fmt: skip
-        best = min(candidates, key=lambda codes: trial.error(rounded, codes.decode()))
-        return layer_arrays(site.module, plan, quantized=best)
+        return layer_arrays(site.module, plan, quantized=chosen(site, plan, inputs, self.damping))
+
+
+def chosen(site: Site, plan: LayerPlan, inputs: LayerInputs | None, damping: float = 0.01) -> Quantized | None:
+    """GPTQ's codes of a layer's weight, or the nearest where those are better on the sample; None where it cannot tell."""
+    grouped = site.is_conv and getattr(site.module, "groups", 1) > 1
+    if inputs is None or grouped or not takes(plan.weight):
+        return None
+    trial = Trial(site.module, plan, inputs.sample, limit=4096)
+    rounded = trial.inputs()
+    found = gptq(trial.weight, plan.weight, trial.gram(rounded), damping=damping)
+    nearest = plan.weight.encode(trial.weight)
+    return min((found, nearest), key=lambda codes: trial.error(rounded, codes.decode()))
 
 
 def takes(format: Format) -> bool:

@@ -19,7 +19,8 @@ from fewstep.quant.calibration.calls import Call
 from fewstep.quant.calibration.inputs import LayerInputs
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays
-from fewstep.quant.methods.base import SKIPPED, Method
+from fewstep.quant.methods.base import FLAT, SKIPPED, Method
+from fewstep.quant.methods.gptq import chosen
 from fewstep.quant.plan import QuantPlan
 from fewstep.quant.sites import Site
 
@@ -41,6 +42,7 @@ class MixDQ(Method):
         quality: choices for the rest.
         splits: how many shares of the budget are tried.
         finalists: how many of them are compared as whole networks; those with the least predicted damage.
+        gptq: whether codes are chosen by GPTQ once the formats are.
         first_token: whether constant first tokens are kept out.
         keep: roles and names that stay as they are.
     """
@@ -50,11 +52,12 @@ class MixDQ(Method):
     quality: tuple[str, ...] = ("int4:g64 x int8:row", "int8:row x int8:row")
     splits: int = 10
     finalists: int = 4
+    gptq: bool = False
     first_token: bool = True
     keep: tuple[str, ...] = field(default=SKIPPED)
 
     def reads(self, site: Site) -> bool:
-        return site.role == "cross"
+        return site.role == "cross" or (self.gptq and site.role not in FLAT)
 
     def plan(self, model: nn.Module, calls: Sequence[Call] = ()) -> QuantPlan:
         from fewstep.quant.allocation.allocate import output_noise, prepare, tabulated, with_provenance
@@ -122,14 +125,15 @@ class MixDQ(Method):
         }
 
     def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
+        codes = chosen(site, plan, inputs) if self.gptq and site.role not in FLAT else None
         if not plan.first_token:
-            return layer_arrays(site.module, plan)
+            return layer_arrays(site.module, plan, quantized=codes)
         if inputs is None or inputs.first is None:
             raise FewstepError(
                 f"{site.name} has a first token that is not the same in all calls; give first_token=False"
             )
         first = site.module(inputs.first.to(site.weight))
-        return layer_arrays(site.module, plan, extra={"first": first.detach()})
+        return layer_arrays(site.module, plan, quantized=codes, extra={"first": first.detach()})
 
 
 def constant_first_token(calls: Sequence[Call]) -> bool:

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.samplers.learn.fitting.levenberg import SECANTS, Iteration, calls_of_a_set, levenberg
+from fewstep.samplers.learn.fitting.levenberg import SECANTS, calls_of_a_set, levenberg
 from fewstep.samplers.learn.fitting.mixture import Mixture, grid_of
 from fewstep.samplers.learn.fitting.parameters import Parameters, Part
+from fewstep.samplers.learn.fitting.rows import least_squares
 from fewstep.samplers.learn.fitting.runner import error
 from fewstep.samplers.learn.methods.untuned import Untuned, untuned
 from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.learn.teaching.teacher import Teacher
 from fewstep.samplers.plan import SolverPlan
 
+FEWEST = 8
+SHARE = 0.2
+"""A set of differences takes at most this share of the time that is left: fewer trajectories, but not fewer than FEWEST."""
+PATIENCE = 3
+"""Steps that do not help on held-out trajectories, after which a stage is over."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run of :func:`tune` is."""
+
+    share: float
+    """Of the time it may take, or more of the iterations."""
+    stage: str
+    loss: float
+    """Mean RMS error on what is learned from."""
+    held_out: float
+    """The same on what is not, of the best plan so far."""
+    plan: SolverPlan
+
+
+Report = Callable[[Progress], None]
+STAGES: tuple[tuple[str, tuple[Part, ...], int, int], ...] = (
+    ("grid", ("grid", "times"), 16, 2),
+    ("coefficients", ("grid", "times", "mix"), 32, 3),
+    ("free rows", ("grid", "times", "mix", "scale"), 64, 3),
+)
+"""(name, what is free, trajectories, sets of differences) of the stages; each goes on from the best plan so far."""
 FEWEST = 8
 SHARE = 0.2
 """A set of differences takes at most this share of the time that is left: fewer trajectories, but not fewer than FEWEST."""
@@ -63,8 +91,8 @@ def tune(
 ) -> SolverPlan:
     """The best plan of so many calls that can be learned from ``problem`` in that time.
 
-    Starts from the best untuned solver and grid. First its grid and model times are fitted, then the coefficients with them,
-    then, on more trajectories, rows whose marginals need not be kept, all by Levenberg and Marquardt's method. What every step
+    Starts from the best untuned solver and grid. First its grid and model times are fitted; its rows then have a closed form,
+    from which coefficients and grid go on together; then, on more trajectories, rows whose marginals need not be kept, all by Levenberg and Marquardt's method. What every step
     finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan where nothing beat it.
 
     Args:
@@ -83,80 +111,105 @@ def tune(
         raise FewstepError(
             f"{len(problem)} trajectories are too few to learn from and to judge by; give at least 3, rather 64"
         )
-    began = time.monotonic()
-    train, judge = problem.split(held_out or max(1, len(problem) // 3))
-    begin, pace = _start(train, judge, nfe)
-    untouched, stages = begin.error, STAGES
-    if start is not None:
-        given = _given(start, judge, nfe)
-        if given.error < begin.error:
-            begin, stages = given, STAGES[-1:]
-    best, least, method = begin.plan, begin.error, "untuned" if stages == STAGES else "given"
-    history: list[dict[str, float]] = []
-    carried: Parameters | None = None
-    total = sum(count * (1 + SECANTS) for *_, count in stages)
-    for stage, parts, samples, count in stages:
-        left = seconds - (time.monotonic() - began)
-        if left <= 0:
-            break
-        parameters = Parameters(begin.solver, problem.schedule, begin.grid, parts)
-        if carried is not None:
-            parameters.take(carried)
-        if not any(math.prod(v.shape) for v in parameters.tensors()):
-            continue
-
-        def seen(iteration: Iteration, parameters: Parameters = parameters, stage: str = stage) -> bool:
-            nonlocal best, least, method, idle
-            plan = parameters.frozen()
-            found = float(error(plan, judge).mean())
-            history.append({"seconds": time.monotonic() - began, "loss": iteration.loss, "held_out": found})
-            idle = 0 if found < 0.995 * least else idle + 1
-            if found < least:
-                best, least, method = plan, found, stage
-            if report is not None:
-                share = max(len(history) / total, (time.monotonic() - began) / seconds)
-                report(Progress(min(share, 1.0), stage, iteration.loss, least, best))
-            return idle < PATIENCE
-
-        idle = 0
-        affordable = int(SHARE * left / (pace * max(1, calls_of_a_set(parameters)))) if left < math.inf else samples
-        some = train.take(slice(0, max(FEWEST, min(samples, affordable))))
-        levenberg(parameters, some, iterations=count, seconds=left, report=seen)
-        carried = parameters
-    provenance: dict[str, Any] = {
-        **problem.about,
-        "learned_by": "fewstep.samplers.learn.tune",
-        "stage": method,
-        "started_from": f"{begin.solver} on {begin.grid.name}",
-        "trajectories": len(train),
-        "held_out": len(judge),
-        "error_before": untouched,
-        "error_after": least,
-        "seconds": round(time.monotonic() - began, 1),
-        "history": history,
-        "date": date.today().isoformat(),
-    }
-    return replace(best, provenance=provenance)
+    tuning = _Tuning(*problem.split(held_out or max(1, len(problem) // 3)), nfe, seconds, report)
+    stages = STAGES
+    if start is not None and tuning.go_on_from(_given(start, tuning.judge, nfe)):
+        stages = STAGES[-1:]
+    tuning.sets = sum(count for *_, count in stages)
+    for stage in stages:
+        tuning.run(*stage)
+        if stage[0] == "grid":
+            tuning.rows()
+    return tuning.result(problem.about)
 
 
-def _start(train: Problem, judge: Problem, nfe: int) -> tuple[Untuned, float]:
-    """The best untuned plan, and the seconds that a network call takes for a sample.
+class _Tuning:
+    """The best plan so far, and what is left of the time."""
 
-    The few plans that are best on some trajectories are compared on all that are held out.
-    """
-    few = untuned(train, nfe, samples=8)[:3]
-    began = time.monotonic()
-    judged = [replace(u, error=float(error(u.plan, judge).mean())) for u in few]
-    pace = (time.monotonic() - began) / (len(few) * nfe * len(judge))
-    return min(judged, key=lambda u: u.error), pace
+    def __init__(self, train: Problem, judge: Problem, nfe: int, seconds: float, report: Report | None) -> None:
+        self.train, self.judge, self.seconds, self.report = train, judge, seconds, report
+        self.began = time.monotonic()
+        few = untuned(train, nfe, samples=8)[:3]
+        before = time.monotonic()
+        judged = [replace(u, error=float(error(u.plan, judge).mean())) for u in few]
+        self.pace = (time.monotonic() - before) / (len(few) * nfe * len(judge))
+        """Seconds of a network call for a sample."""
+        self.start = min(judged, key=lambda u: u.error)
+        self.untouched, self.begin = self.start.error, f"{self.start.solver} on {self.start.grid.name}"
+        self.stage, self.history, self.idle, self.sets = "untuned", list[dict[str, float]](), 0, 1
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.began
+
+    def go_on_from(self, given: Untuned) -> bool:
+        """Take ``given`` for what is best so far, if it is."""
+        if better := given.error < self.start.error:
+            self.start, self.stage, self.begin = given, "given", given.plan.method
+        return better
+
+    def seen(self, plan: SolverPlan, loss: float, stage: str) -> bool:
+        """Judge a plan, keep it if it is the best, and say whether the stage may go on."""
+        found = float(error(plan, self.judge).mean())
+        self.history.append({"seconds": self.spent, "loss": loss, "held_out": found})
+        self.idle = 0 if found < 0.995 * self.start.error else self.idle + 1
+        if found < self.start.error:
+            self.start, self.stage = _as_start(plan, found, self.train), stage
+        if self.report is not None:
+            share = max(len(self.history) / (self.sets * (1 + SECANTS)), self.spent / self.seconds)
+            self.report(Progress(min(share, 1.0), stage, loss, self.start.error, self.start.plan))
+        return self.idle < PATIENCE
+
+    def run(self, stage: str, parts: tuple[Part, ...], samples: int, sets: int) -> None:
+        """Levenberg and Marquardt's method on these parts, on as many trajectories as the time allows."""
+        left = self.seconds - self.spent
+        parameters = Parameters(self.start.solver, self.train.schedule, self.start.grid, parts)
+        if left <= 0 or not len(parameters.vector()):
+            return
+        affordable = SHARE * left / (self.pace * max(1, calls_of_a_set(parameters)))
+        some = self.train.take(slice(0, int(max(FEWEST, min(samples, affordable)))))
+        self.idle = 0
+        levenberg(
+            parameters,
+            some,
+            iterations=sets,
+            seconds=left,
+            report=lambda i: self.seen(parameters.frozen(), i.loss, stage),
+        )
+
+    def rows(self) -> None:
+        """The closed form for the rows: one run of all trajectories, and a better start for what follows."""
+        if self.spent < self.seconds:
+            plan = least_squares(self.start.plan, self.train, ridge=1e-2)
+            self.seen(plan, float(error(plan, self.train).mean()), "rows")
+
+    def result(self, about: Mapping[str, Any]) -> SolverPlan:
+        told: dict[str, Any] = {
+            **about,
+            "learned_by": "fewstep.samplers.learn.tune",
+            "stage": self.stage,
+            "started_from": self.begin,
+            "trajectories": len(self.train),
+            "held_out": len(self.judge),
+            "error_before": self.untouched,
+            "error_after": self.start.error,
+            "seconds": round(self.spent, 1),
+            "history": self.history,
+            "date": date.today().isoformat(),
+        }
+        return replace(self.start.plan, provenance=told)
+
+
+def _as_start(plan: SolverPlan, found: float, problem: Problem) -> Untuned:
+    grid = replace(grid_of(plan, problem.schedule), name="a learned grid")
+    return Untuned(Mixture.of(plan, problem.schedule), grid, plan, found)
 
 
 def _given(plan: SolverPlan, judge: Problem, nfe: int) -> Untuned:
     plan.check_schedule(judge.schedule, "the plan to start from")
     if plan.nfe != nfe:
         raise FewstepError(f"the plan to start from has {plan.nfe} calls, {nfe} were asked for")
-    grid = replace(grid_of(plan, judge.schedule), name="a learned grid")
-    return Untuned(Mixture.of(plan, judge.schedule), grid, plan, float(error(plan, judge).mean()))
+    return _as_start(plan, float(error(plan, judge).mean()), judge)
 
 
 def auto(

@@ -74,6 +74,11 @@ class GHVB(Multistep):
         return GHVB(order=whole, beta=round(order - whole + 1, 12))
 
     @property
+    def convergence_order(self) -> int:
+        """On grids whose steps change smoothly; weights of equal steps have the full order on grids that are even in rho."""
+        return self.order if self.weights == "variable" else min(self.order, 2)
+
+    @property
     def in_lambda(self) -> bool:
         return self.variable == "lambda"
 

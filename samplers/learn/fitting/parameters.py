@@ -97,13 +97,6 @@ class Parameters:
     def _value(self, part: str) -> Tensor | None:
         return self.values.get(part, self._held.get(part))
 
-    def take(self, other: Parameters) -> None:
-        """Begin where ``other`` is, in the parts that both have; they started from the same solver and grid."""
-        with torch.no_grad():
-            for part, value in other.values.items():
-                if part in self.values:
-                    self.values[part].copy_(value)
-
     def vector(self) -> Tensor:
         """All free numbers in one detached vector."""
         return torch.cat([v.detach().reshape(-1) for v in self.tensors()])
