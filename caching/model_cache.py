@@ -6,20 +6,20 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from fewstep.caching.actions import Action
 from fewstep.caching.clock import Clock
-from fewstep.caching.families import Family, Site, family_of
-from fewstep.caching.hooks import NAME, Around, install, installed, keep_outside, uninstall
-from fewstep.caching.method import Decider, Entry, Method, Planned
+from fewstep.caching.families import Site, family_of
+from fewstep.caching.hooks import NAME, install, installed, keep_outside, uninstall
+from fewstep.caching.layers import Call, Layer, Stream
+from fewstep.caching.method import Entry, Method
+from fewstep.caching.model_hooks import ProbeHook, RootHook, SiteHook
 from fewstep.caching.plan import CachePlan
 from fewstep.caching.predictors import Predictor
-from fewstep.caching.roles import Fit, Moment, Role, Scene, first_tensor
+from fewstep.caching.roles import Fit, Moment, Role, Scene
 from fewstep.caching.rows import Rows
 from fewstep.caching.store import Cell
 from fewstep.caching.streams import Streams, layout
@@ -27,95 +27,6 @@ from fewstep.errors import FewstepError
 
 PROBE = "fewstep_cache_probe"
 AROUND = "fewstep_cache_around"
-
-
-class Layer:
-    """One method or plan on its sites; a cache may have several, on disjoint ones."""
-
-    def __init__(self, method: Method | CachePlan, family: Family) -> None:
-        self.method = method
-        if isinstance(method, CachePlan):
-            method.check_model(family)
-        names = list(method.sites) if isinstance(method, CachePlan) else method.sites(family)
-        if not names:
-            raise FewstepError(
-                f"{_describe(method)} found no site in {family.name}; it has {', '.join(family.offered())}"
-            )
-        self.sites = [family.site(name) for name in names]
-        self.probes = {} if isinstance(method, CachePlan) else method.probes(family)
-        self._plans: dict[Any, CachePlan] = {}
-
-    @property
-    def timed(self) -> bool:
-        """Whether the timesteps are asked for."""
-        return isinstance(self.method, Method) and self.method.timed
-
-    def predictor(self, decider: Decider) -> Predictor:
-        """That of the plan, which may be the method's for a number of steps."""
-        return decider.plan.predictor if isinstance(decider, Planned) else self.method.predictor
-
-    def decider(self, family: Family, steps: int | None, times: tuple[float, ...] | None) -> Decider:
-        """For one trajectory of one stream."""
-        if isinstance(self.method, CachePlan):
-            return Planned(self.method.compile(steps))
-        if self.method.online or steps is None:
-            return self.method.decider(family, steps)
-        if (steps, times) not in self._plans:
-            self._plans[steps, times] = self.method.at_times(times).compile(family, steps)
-        return Planned(self._plans[steps, times])
-
-
-def _describe(method: Method | CachePlan) -> str:
-    return method.method if isinstance(method, CachePlan) else method.describe()
-
-
-@dataclass
-class Stream:
-    """What is kept for one stream of a trajectory."""
-
-    deciders: list[Decider]
-    predictors: list[Predictor]
-    cells: list[Cell]
-    layout: Any
-    cut: dict[int, Cell] = field(default_factory=dict)
-
-    def cell(self, index: int, rows: Rows | None) -> Cell:
-        """The memory of a site for the samples that run. What part of the batch computed last is of no use to all of it."""
-        whole, cut = self.cells[index], self.cut.get(index)
-        newer = cut is not None and cut.newest > whole.newest
-        if rows is None:
-            if newer:
-                whole = self.cells[index] = Cell.empty(whole.site, whole.history.maxlen or 1)
-                del self.cut[index]
-            return whole
-        if cut is None or not newer:
-            cut = self.cut[index] = whole.mapped(rows.of)
-        return cut
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held; what is but a view of a whole value is not counted twice."""
-        own = [cut for index, cut in self.cut.items() if cut.newest > self.cells[index].newest]
-        return sum(cell.nbytes for cell in (*self.cells, *own))
-
-    def half(self, rows: Rows, layout: Any) -> Stream:
-        """The stream of a part of the batch, from now on alone."""
-        deciders = [d if isinstance(d, Planned) else copy.deepcopy(d) for d in self.deciders]
-        return Stream(deciders, self.predictors, [cell.mapped(rows.of) for cell in self.cells], layout)
-
-
-@dataclass
-class Call:
-    """One call of the network in progress."""
-
-    stream: Stream
-    name: str
-    step: int
-    total: int | None
-    scene: Scene
-    forced: set[int] = field(default_factory=set)
-    actions: dict[int, Action] = field(default_factory=dict)
-    probes: dict[str, Any] = field(default_factory=dict)
 
 
 class ModelCache:
@@ -397,53 +308,3 @@ def _step_index(scheduler: Any) -> int | None:
         index = getattr(scheduler, "begin_index", None) if hasattr(scheduler, "begin_index") else None
         index = 0 if index is None and hasattr(scheduler, "step_index") else index
     return index if isinstance(index, int) else None
-
-
-class RootHook(Around):
-    """Around the network: opens and closes a call. Pipelines' cache contexts reach it through ``context``."""
-
-    _is_stateful = True
-
-    def __init__(self, cache: ModelCache) -> None:
-        super().__init__()
-        self.cache = cache
-        self.context = StateManager(BaseState())
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The call, through the cache."""
-        context = getattr(self.context, "_context", None) or getattr(self.context, "_current_context", None)
-        return self.cache.forward(forward, context, args, kwargs)
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.cache.reset()
-        return module
-
-
-class SiteHook(Around):
-    """Around a module of a site."""
-
-    def __init__(self, cache: ModelCache, index: int, role: Role) -> None:
-        super().__init__()
-        self.cache, self.index, self.role = cache, index, role
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The module's call, or what stands for it."""
-        return self.cache.at_site(self.index, self.role, module, forward, args, kwargs)
-
-
-class ProbeHook(Around):
-    """Records what goes into a module, or comes out of it, for online decisions."""
-
-    def __init__(self, cache: ModelCache, name: str, end: str) -> None:
-        super().__init__()
-        self.cache, self.name, self.end = cache, name, end
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The module's call, its input or output remembered."""
-        call = self.cache.call
-        if call is not None and self.end == "input":
-            call.probes[self.name] = first_tensor(args, kwargs)
-        out = forward(*args, **kwargs)
-        if call is not None and self.end == "output":
-            call.probes[self.name] = out if isinstance(out, Tensor) else first_tensor(out, {})
-        return out

@@ -14,8 +14,9 @@ from fewstep.caching.actions import Action
 from fewstep.caching.calibration.runs import Runs
 from fewstep.caching.controller import applied, controller_of
 from fewstep.caching.families import Family
+from fewstep.caching.layers import Call
 from fewstep.caching.method import Decider, Entry, Method
-from fewstep.caching.model_cache import Call, ModelCache
+from fewstep.caching.model_cache import ModelCache
 from fewstep.caching.plan import CachePlan
 from fewstep.errors import FewstepError
 

@@ -300,6 +300,32 @@ def test_joints_of_skip_connections_are_split_where_they_begin(recorded):
     assert {n: p.splits for n, p in plan.layers.items() if p.splits} == {n: (c,) for n, c in found.items()}
 
 
+@pytest.mark.parametrize("config", [quant.Int8, quant.FP8, quant.W4A8])
+def test_stored_scales_cover_what_calibration_saw(config, recorded):
+    pipe, calls = recorded
+    with pytest.raises(FewstepError, match="stored input scales follow from calibration"):
+        quant.quantize_(pipe.unet, config(static=True))
+    dynamic = quant.quantize_(pipe.unet, config(), calls).output_error
+    quant.dequantize_(pipe.unet)
+    report = quant.quantize_(pipe.unet, config(static=True), calls)
+    assert dynamic < report.output_error < 20 * dynamic  # one range for all tokens and steps costs, but does not ruin
+    stored = [m for m in pipe.unet.modules() if getattr(m, "input_scale", None) is not None]
+    assert len(stored) == sum(plan.static for plan in report.plan.layers.values()) > 10
+    seen = {}
+    handles = [
+        m.register_forward_pre_hook(lambda m, a: seen.setdefault(m, []).append(a[0].abs().max())) for m in stored
+    ]
+    for call in calls:
+        call.run(pipe.unet)
+    for handle in handles:
+        handle.remove()
+    # Inputs of the quantised network are a little off those that were seen; none is far outside.
+    for module, tops in seen.items():
+        element = module.plan.activation.element
+        reach = float(module.input_scale) * float(element.max)
+        assert float(max(tops)) <= 1.3 * reach
+
+
 def test_methods_say_what_they_need():
     unet = tiny_pipeline().unet
     for config in (AdaQuant(), FPQuant(), quant.MixDQ()):

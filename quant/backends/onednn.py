@@ -96,8 +96,6 @@ class OneDNN(Backend):
     def refuses_conv(self, layer: QuantConv2d) -> str | None:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"oneDNN pads with zeros by numbers, not {layer.padding_mode!r} by {layer.padding!r}"
-        if layer.plan.shift or (layer.plan.activation and layer.plan.activation.granularity == "tensor"):
-            return "oneDNN's convolution has one scale a sample, and pads with zeros before any shift"
         return None
 
     def conv2d(self, layer: QuantConv2d, x: Tensor) -> Tensor:

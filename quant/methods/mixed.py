@@ -24,7 +24,8 @@ from fewstep.quant.sites import Site
 class MixedPrecision(Method):
     """Every layer in the formats of ``plan``, a :class:`QuantPlan` or the path of one, rounded to the nearest.
 
-    With ``gptq`` and calibration data codes are GPTQ's instead. Branches, smoothing and stored input scales need a method that finds them; a plan that has some is refused.
+    With ``gptq`` and calibration data codes are GPTQ's instead. Branches, smoothing and stored input scales need a method that
+    finds them; a plan that has some is refused.
     """
 
     table: QuantPlan | str | Path

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.quant.calibration.calls import Call
+from fewstep.quant.calibration.inputs import LayerInputs
 from fewstep.quant.formats import Format
 from fewstep.quant.layer_plan import LayerPlan
+from fewstep.quant.layers.build import layer_arrays
 from fewstep.quant.methods.base import FLAT, SKIPPED, Method, fit, storage_of
 from fewstep.quant.methods.shortcuts import joints
 from fewstep.quant.plan import QuantPlan
@@ -62,6 +65,10 @@ class Nearest(Method):
         plan = super().plan(model, calls)
         if not self.split_shortcuts:
             return plan
+        if getattr(self, "static", False):
+            raise FewstepError(
+                "split layers make their scales at every call; give static=False or split_shortcuts=False"
+            )
         changes: dict[str, LayerPlan | None] = {}
         for name, channel in joints(model).items():
             layer = plan.layers.get(name)
@@ -98,7 +105,40 @@ class Nearest(Method):
 
 
 @dataclass(frozen=True)
-class Int8(Nearest):
+class Ranged(Nearest):
+    """Configs whose input scales can be stored.
+
+    Attributes:
+        static: one scale (and zero point) a layer from the largest range of the calibration calls, instead of one a token or
+            sample made at every call. Costs less there and more error; inputs beyond the range saturate.
+    """
+
+    static: bool = field(default=False, kw_only=True)
+
+    def decide(self, site: Site) -> LayerPlan | str:
+        plan = super().decide(site)
+        if isinstance(plan, str) or plan.activation is None or not self.static:
+            return plan
+        whole = replace(plan.activation, granularity="tensor", group=0, scale="f32")
+        return replace(plan, activation=whole, static=True)
+
+    def reads(self, site: Site) -> bool:
+        return self.static and site.role not in FLAT
+
+    def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
+        if not plan.static:
+            return super().arrays(site, plan, inputs)
+        if inputs is None:
+            raise FewstepError("stored input scales follow from calibration; give some, see quant.record")
+        assert plan.activation is not None
+        ends = torch.stack([inputs.low.min(), inputs.high.max()]).float().reshape(1, 2)
+        scale, zero, _ = plan.activation.scales(ends)
+        extra = {"input_scale": scale} | ({} if zero is None else {"input_zero": zero})
+        return layer_arrays(site.module, plan, extra=extra)
+
+
+@dataclass(frozen=True)
+class Int8(Ranged):
     """8-bit integers: weights with a scale a row, inputs with one a token; of convolutions one a sample, with a zero point.
 
     ``auto`` is int8, on CPUs whose int8 instructions saturate int7, which they multiply exactly.
@@ -113,8 +153,6 @@ class Int8(Nearest):
         return weight, activation
 
     def _automatic(self, site: Site) -> tuple[str, str | None]:
-        import torch
-
         from fewstep.quant.backends.onednn import OneDNN, adds_exactly
 
         slow = not torch.cuda.is_available() and not OneDNN().missing(torch.device("cpu")) and not adds_exactly()
@@ -133,7 +171,7 @@ class Int4(Nearest):
 
 
 @dataclass(frozen=True)
-class W4A8(Nearest):
+class W4A8(Ranged):
     """4-bit weights in groups of 64, 8-bit inputs with one scale a token."""
 
     weight: str = "int4:g64"
@@ -142,7 +180,7 @@ class W4A8(Nearest):
 
 
 @dataclass(frozen=True)
-class FP8(Nearest):
+class FP8(Ranged):
     """E4M3 for both, one scale a row. Source: FP8 Formats for Deep Learning, 2209.05433."""
 
     weight: str = "e4m3:row"

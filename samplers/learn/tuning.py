@@ -48,36 +48,6 @@ STAGES: tuple[tuple[str, tuple[Part, ...], int, int], ...] = (
     ("free rows", ("grid", "times", "mix", "scale"), 64, 3),
 )
 """(name, what is free, trajectories, sets of differences) of the stages; each goes on from the best plan so far."""
-FEWEST = 8
-SHARE = 0.2
-"""A set of differences takes at most this share of the time that is left: fewer trajectories, but not fewer than FEWEST."""
-PATIENCE = 3
-"""Steps that do not help on held-out trajectories, after which a stage is over."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run of :func:`tune` is."""
-
-    share: float
-    """Of the time it may take, or more of the iterations."""
-    stage: str
-    loss: float
-    """Mean RMS error on what is learned from."""
-    held_out: float
-    """The same on what is not, of the best plan so far."""
-    plan: SolverPlan
-
-
-Report = Callable[[Progress], None]
-STAGES: tuple[tuple[str, tuple[Part, ...], int, int], ...] = (
-    ("grid", ("grid", "times"), 12, 1),
-    ("coefficients", ("grid", "times", "mix"), 12, 3),
-    ("free rows", ("grid", "times", "mix", "scale"), 32, 3),
-)
-"""(name, what is free, trajectories, sets of differences) of the stages; each goes on from the one before.
-
-A dozen trajectories are enough to find the way, at a fraction of the cost."""
 
 
 def tune(
@@ -91,9 +61,10 @@ def tune(
 ) -> SolverPlan:
     """The best plan of so many calls that can be learned from ``problem`` in that time.
 
-    Starts from the best untuned solver and grid. First its grid and model times are fitted; its rows then have a closed form,
-    from which coefficients and grid go on together; then, on more trajectories, rows whose marginals need not be kept, all by Levenberg and Marquardt's method. What every step
-    finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan where nothing beat it.
+    Starts from the best untuned solver and grid. First its grid and model times are fitted; its rows then have a closed form, from
+    which coefficients and grid go on together; then rows whose marginals need not be kept, all by Levenberg and Marquardt's
+    method. What every step finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan
+    where nothing beat it.
 
     Args:
         seconds: of learning; it ends earlier where nothing improves.

@@ -38,9 +38,9 @@ class GHVB(Multistep):
     ``weights``:
 
         variable    those for which the row, written over the outputs, is exact for polynomials of degree < order in
-                     ``variable``, as the method without momentum is: the order is kept on every grid
+                    ``variable``, as the method without momentum is: the order is kept on every grid
         equal       w_j = c_j(beta) / beta of the paper, their limit for equal steps in rho far from the start: the order
-                     is kept there, and is 1 on other grids
+                    is kept there, is 2 at most where steps change smoothly, and else 1
 
     The paper writes order and momentum as one number: 3.7 is order 4 with beta = 0.7 (:meth:`of`). Smaller betas give a
     larger region of stability and a larger error constant.

@@ -34,7 +34,7 @@ class IPNDM(Multistep):
         variable      the weights of the steps as they are: DEIS rho-AB, LMS
         diff_sampler  what zju-pi/diff-sampler's ``ipndm_v`` computes. From order 3 on its corrections for past steps are
                       misplaced, which leaves order 2; of order 4 the weights do not even sum to 1 where steps change,
-                      which leaves order 1 and a plan that :meth:`SolverPlan.problems` objects to.
+                      which leaves no convergence and a plan that :meth:`SolverPlan.problems` objects to.
 
     No step is lowered at the end. Sources: Fast Sampling of Diffusion Models with Exponential Integrator, 2204.13902,
     appendix; PNDM, 2202.09778, eq. 9.
@@ -59,7 +59,7 @@ class IPNDM(Multistep):
     @property
     def convergence_order(self) -> int:
         """On grids whose steps change smoothly."""
-        most = {"variable": 4, "equal": 2, "diff_sampler": 2 if self.order < 4 else 1}
+        most = {"variable": 4, "equal": 2, "diff_sampler": 2 if self.order < 4 else 0}
         return min(self.order, most[self.weights])
 
     @property
