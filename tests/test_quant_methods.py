@@ -308,7 +308,9 @@ def test_stored_scales_cover_what_calibration_saw(config, recorded):
     dynamic = quant.quantize_(pipe.unet, config(), calls).output_error
     quant.dequantize_(pipe.unet)
     report = quant.quantize_(pipe.unet, config(static=True), calls)
-    assert dynamic < report.output_error < 20 * dynamic  # one range for all tokens and steps costs, but does not ruin
+    # One range for all tokens and steps costs, but does not ruin; floats hardly notice, nor does what 4-bit weights dominate.
+    assert report.output_error < 20 * dynamic
+    assert report.output_error > dynamic or config is not quant.Int8
     stored = [m for m in pipe.unet.modules() if getattr(m, "input_scale", None) is not None]
     assert len(stored) == sum(plan.static for plan in report.plan.layers.values()) > 10
     seen = {}
