@@ -108,7 +108,7 @@ THEIRS = Side(
         *(f"diffusers:DPMSolverSinglestepScheduler(solver_order={p})" for p in (2, 3)),
     ),
     grids=_THEIR_GRIDS, first=tuple(_THEIR_GRIDS), options=_THEIR_OPTIONS,
-    known=(_MULTISTEP[:6], ("trailing", "karras", "exponential")),
+    known=(_MULTISTEP[:6], ("linspace", "trailing", "karras", "exponential")),
 )  # fmt: skip
 _SHIFTS: dict[str, Options] = {f"flow_shift {s:g}": {"flow_shift": s} for s in (0.5, 1.0, 1.5, 2.0, 3.0)}
 THEIRS_FLOW = Side(
@@ -175,7 +175,7 @@ _USUAL = (
 )  # fmt: skip
 OURS = Side(
     _OURS, _OUR_GRIDS, ("trailing", "karras", "exponential", "exponential(low=0.1)", "karras(rho=3)"), _OUR_OPTIONS,
-    known=(_USUAL, ("trailing", "exponential(low=0.1)")),
+    known=(_USUAL, ("linspace", "trailing", "exponential(low=0.1)")),
 )  # fmt: skip
 OURS_FLOW = Side(
     solvers=(

@@ -79,7 +79,7 @@ def main() -> None:
         body = {
             "machine": about,
             "seconds": round(length, 2),
-            "kills": [killed(work / "kill", expected, length, chooser) for _ in range(options.kills)],
+            "kills": kills(work / "kill", expected, length, chooser, options.kills),
             "disks": [full_disk(work / "disk", expected, whole, chooser) for _ in range(options.disks)],
             "damages": [damaged(work / "damage", expected, whole, chooser) for _ in range(options.damages)],
         }
@@ -188,6 +188,16 @@ def judged(out: Path, expected: dict[str, str], before: dict[str, int]) -> dict[
 
 
 # -- what happens to it -------------------------------------------------------------------------------------------------------
+
+
+def kills(
+    out: Path, expected: dict[str, str], length: float, chooser: random.Random, count: int
+) -> list[dict[str, Any]]:
+    """Until so many have come in time: on a busy machine no two runs are of one length."""
+    found: list[dict[str, Any]] = []
+    while sum(not one["survived"] for one in found) < count:
+        found.append(killed(out, expected, length, chooser))
+    return found
 
 
 def killed(out: Path, expected: dict[str, str], length: float, chooser: random.Random) -> dict[str, Any]:
@@ -306,7 +316,7 @@ def report(body: dict[str, Any]) -> str:
     return (
         "# Sweeps that are disturbed\n\n"
         f"A sweep of {body['seconds']} s (2 cells, 8 images each, 8 chunk files) against itself undisturbed. Of the kills, "
-        f"{survived} came too late; {stopped} of the full disks ({disks}) stopped the sweep.\n\n{table(header, shown)}"
+        f"{survived} came when the sweep had ended; {stopped} of the full disks ({disks}) stopped the sweep.\n\n{table(header, shown)}"
     )
 
 

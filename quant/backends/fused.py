@@ -92,8 +92,8 @@ class Fused(Backend):
     def refuses_conv(self, layer: QuantConv2d) -> str | None:
         plan = layer.plan
         whole = plan.activation is not None and str(plan.activation) == "int8:row" and str(plan.weight) == "int8:row"
-        if not whole or plan.rank or plan.smooth or layer.groups > 1 or layer.padding_mode != "zeros":
-            return "its convolution takes int8 by row, without groups, branch or smoothing"
+        if not whole or plan.static or plan.rank or plan.smooth or layer.groups > 1 or layer.padding_mode != "zeros":
+            return "its convolution takes int8 by row with scales found as it runs, without groups, branch or smoothing"
         return None if not isinstance(layer.padding, str) else "its convolution pads by numbers"
 
     def conv2d(self, layer: QuantConv2d, x: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ def tune(
 ) -> SolverPlan:
     """The best plan of so many calls that can be learned from ``problem`` in that time.
 
-    Starts from the best untuned solver and grid. First its grid and model times are fitted; its rows then have a closed form, from
-    which coefficients and grid go on together; then rows whose marginals need not be kept, all by Levenberg and Marquardt's
+    Starts from the best untuned solver and grid. First its grid and model times are fitted; its rows then have a closed form,
+    from which coefficients and grid go on together; then rows whose marginals need not be kept, all by Levenberg and Marquardt's
     method. What every step finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan
     where nothing beat it.
 
