@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import caching_peers as peers
@@ -35,6 +36,26 @@ def ours(*methods: Any) -> Peer:
         made: list[Any] = [m(pipe, steps) if callable(m) else m for m in methods]
         with caching.applied(pipe, made) as controller:
             yield controller.reset
+
+    return arm
+
+
+def fewer(count: int) -> Peer:
+    """No cache, but so many steps: what a cache has to beat."""
+
+    @contextmanager
+    def arm(pipe: Any, steps: int) -> Iterator[Callable[[], None]]:
+        scheduler, original = pipe.scheduler, pipe.scheduler.set_timesteps
+
+        @wraps(original)  # pipelines read its signature
+        def set_timesteps(num_inference_steps: int, *args: Any, **options: Any) -> None:
+            original(count, *args, **options)
+
+        scheduler.set_timesteps = set_timesteps
+        try:
+            yield lambda: None
+        finally:
+            del scheduler.set_timesteps
 
     return arm
 
@@ -195,6 +216,8 @@ def together(subject: Any) -> dict[str, Peer]:
 def arms(subject: Any) -> dict[str, Peer]:
     """All arms by what tables call them."""
     found = {name: ours(plan) for name, plan in plans(subject).items()} | together(subject)
+    for share in (0.35, 0.5, 0.75):
+        found[f"no cache, fewer steps ({round(share * subject.steps)})"] = fewer(round(share * subject.steps))
     for method in methods(subject.unet):
         if subject.guidance != 1 or not isinstance(method, caching.GuidanceWindow | caching.CFGCache):
             found[label(method)] = ours(method)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -153,10 +153,10 @@ SAME = {
 
 @torch.no_grad()
 def timed(
-    subject: Subject, rounds: int
+    subject: Subject, rounds: int, only: Sequence[str]
 ) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any], dict[str, str]]:
     """By arm (rounds, calls, 2) wall and CPU seconds; (rounds, 2) of a plain call; and what failed, with the reason."""
-    _, found = arms(subject)
+    found = {name: arm for name, arm in arms(subject)[1].items() if any(word in name for word in only)}
     taken: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in found}
     plain, failed = [], dict[str, str]()
     subject.call(subject.model, 0)  # allocates
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=[""], help="arms whose name has one of these")
     parser.add_argument("--size", type=int, help="side of the latents, where the usual one takes too long")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hooks", type=int, default=40, help="rounds in which the hooks' own time is measured")
@@ -263,7 +264,7 @@ def main() -> None:
     about, bodies = machine(), list[dict[str, Any]]()
     for name in asked.model:
         subject = Subject(name, asked.batch, size=asked.size)
-        taken, plain, failed = timed(subject, asked.rounds)
+        taken, plain, failed = timed(subject, asked.rounds, asked.only)
         bodies.append(
             {
                 "model": name,

@@ -316,7 +316,8 @@ def report(body: dict[str, Any]) -> str:
     return (
         "# Sweeps that are disturbed\n\n"
         f"A sweep of {body['seconds']} s (2 cells, 8 images each, 8 chunk files) against itself undisturbed. Of the kills, "
-        f"{survived} came when the sweep had ended; {stopped} of the full disks ({disks}) stopped the sweep.\n\n{table(header, shown)}"
+        f"{survived} came when the sweep had ended; {stopped} of the full disks ({disks}) stopped it.\n\n"
+        + table(header, shown)
     )
 
 

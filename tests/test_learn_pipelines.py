@@ -213,6 +213,23 @@ def test_a_plan_of_other_weights_or_another_prediction_is_refused(learned):
         learn.use_(pipe, learned)
 
 
+def test_auto_learns_one_plan_for_several_guidance_scales(tmp_path):
+    pipe, words = pipe_of("sd")
+    reports = []
+    plan = learn.auto(
+        pipe, [*words, "a hat"], 3, minutes=0.05, guidance=(1.5, 3.0), trajectories=6, teacher_steps=48, folder=tmp_path,
+        report=reports.append,
+    )  # fmt: skip
+    told = plan.provenance
+    assert told["guidance"] == [1.5, 3.0]
+    assert told["error_after"] <= told["error_before"]
+    assert len(told["prompts_sha256"]) == len(told["model"]) == 64
+    learn.use_(pipe, plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", learn.OutsideCalibration)
+        draw(pipe, words[:1], [0], steps=3, guidance=2.0)
+
+
 def test_shipped_plans_belong_to_the_embedded_models():
     """Each is for the weights that lie beside it, has the calls that its name says, and was better where it was judged."""
     from fewstep import pipelines

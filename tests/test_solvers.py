@@ -39,14 +39,24 @@ DETERMINISTIC = (
     DDIM(),
     *(DPMSolver(order=2, solver_type=k, basis=b, **FULL) for k in ("midpoint", "heun") for b in ("data", "noise")),
     *(DPMSolver(order=3, third_order=k, basis=b, **FULL) for k in ("exact", "as_published") for b in ("data", "noise")),
-    *(UniPC(order=p, solver_type=k, basis=b, **FULL) for p in (1, 2) for k in ("bh1", "bh2") for b in ("data", "noise")),
+    *(
+        UniPC(order=p, solver_type=k, basis=b, **FULL)
+        for p in (1, 2)
+        for k in ("bh1", "bh2")
+        for b in ("data", "noise")
+    ),
     *(UniPC(order=p, basis=b, **FULL) for p in (3, 4) for b in ("data", "noise")),
     *(DEIS(order=p, variable=k, **FULL) for p in (2, 3, 4) for k in ("lambda", "rho")),
 )
 STOCHASTIC = (
     DDIM(eta=0.5),
     DDIM(eta=1.0),
-    *(DPMSolver(order=p, solver_type=k, eta=e, **FULL) for p in (1, 2) for k in ("midpoint", "heun") for e in (0.5, 1.0)),
+    *(
+        DPMSolver(order=p, solver_type=k, eta=e, **FULL)
+        for p in (1, 2)
+        for k in ("midpoint", "heun")
+        for e in (0.5, 1.0)
+    ),
     *(DPMSolver(order=3, third_order=k, eta=1.0, **FULL) for k in ("exact", "as_published")),
 )
 
@@ -310,7 +320,9 @@ def test_first_order_methods_are_ddim(solver, name):
 
 @pytest.mark.parametrize("basis", ["data", "noise"])
 def test_two_m_midpoint_is_unip_two_bh2(basis):
-    assert_same_rows(DPMSolver(order=2, basis=basis, **FULL), UniPC(order=2, solver_type="bh2", basis=basis, **UNCORRECTED))
+    assert_same_rows(
+        DPMSolver(order=2, basis=basis, **FULL), UniPC(order=2, solver_type="bh2", basis=basis, **UNCORRECTED)
+    )
 
 
 @pytest.mark.parametrize("basis", ["data", "noise"])

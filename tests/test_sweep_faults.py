@@ -112,6 +112,16 @@ def test_damage_is_found_and_repaired(sweep, whole, tmp_path, file, damage, seed
         assert victim.with_name(manifest.DAMAGED).exists()
 
 
+def test_nan_in_a_manifest_is_damage_and_no_traceback(whole, tmp_path):
+    """Python reads NaN in JSON, and nothing that has a checksum here holds one."""
+    text = (whole / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(text.replace('"samples": 5', '"samples": NaN'))
+    assert "NaN" in (tmp_path / "manifest.json").read_text()
+    assert manifest.load(tmp_path) == {}
+    with pytest.raises(ArtifactError, match="holds no manifest"):
+        status(tmp_path)
+
+
 class FullDisk:
     """``os.replace`` or ``os.fsync`` that fails at its k-th call, and from then on where ``stays`` is set."""
 

@@ -105,7 +105,8 @@ class Painter:
     def _rehearsed(self, cell: Cell, warm: bool) -> MacCount | None:
         """What an image executes; drawn apart where that is not known, or where nothing is warm yet.
 
-        Always of the cell's first seeds: a cache may decide otherwise on others, and a resumed sweep is to count the same.
+        Counted is the cell's first image where a transform is at work: a cache may decide otherwise on others, and its first
+        call may try kernels out. Of the plain network any call will do, also the one that warms it.
         """
         known = self._memory.fetch(cell)
         if warm and known:
@@ -113,7 +114,7 @@ class Painter:
         seeds = next(self._setting.batches(cell))
         counted: MacCount | None = None
         try:
-            if not warm and (known or cell.quant != NONE):  # its first call may try kernels out, which are not to count
+            if not warm and (known or cell.cache != NONE or cell.quant != NONE):
                 self._tried(cell, seeds, nullcontext())
                 warm = True
             if known is None:

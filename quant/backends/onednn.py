@@ -78,20 +78,14 @@ class OneDNN(Backend):
     def product(self, activation: Quantized, packed: _Packed) -> Tensor:
         codes, offset = _unsigned(activation)
         codes = codes.contiguous()
-        out = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, offset, packed.kernel, packed.scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return _scaled(out, activation, packed)
+        return _scaled(_multiplied(codes, offset, packed.kernel, packed.scale, packed.zeros), activation, packed)
 
     def linear(self, layer: QuantLinear, flat: Tensor) -> Tensor:
         if layer.plan.activation != _PLAIN or layer.input_scale is not None:
             return super().linear(layer, flat)
         packed = layer.remember(self.name, lambda: self.pack(layer.quantized_weight()))
         codes, scale = _plain_codes(layer.prepare(flat).contiguous(), 1)
-        out = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, packed.kernel, packed.scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return layer.finish(out.mul_(scale), flat)
+        return layer.finish(_multiplied(codes, 128, packed.kernel, packed.scale, packed.zeros) * scale, flat)
 
     def refuses_conv(self, layer: QuantConv2d) -> str | None:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -125,6 +119,20 @@ class OneDNN(Backend):
 
 
 _PLAIN = Format.parse("int8:row")
+
+
+@torch.library.custom_op("fewstep::onednn_linear", mutates_args=())
+def _multiplied(codes: Tensor, offset: int, kernel: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """(codes - offset) W^T in float32, times W's scales. An operator of its own: compilers have ideas about oneDNN's."""
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, offset, kernel, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return out
+
+
+@_multiplied.register_fake
+def _(codes: Tensor, offset: int, kernel: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    return codes.new_empty((codes.shape[0], scale.shape[0]), dtype=torch.float32)
 
 
 def _pack_conv(layer: QuantConv2d, padding: list[int], offset: int, shape: list[int]) -> _Packed:

@@ -31,7 +31,7 @@ def _remembering(memory: dict[Any, Any], key: Any, make: Callable[[], Any]) -> N
 
 
 # A compiler's graph is broken here once; from then on what was made is a constant in it.
-_fill: Callable[[dict[Any, Any], Any, Callable[[], Any]], None] = torch.compiler.disable(_remembering)
+_fill: Any = torch.compiler.disable(_remembering)  # type: ignore[no-untyped-call]
 
 
 class QuantLayer(nn.Module):

@@ -15,6 +15,9 @@ from fewstep.quant.formats.scales import stored
 from fewstep.quant.layers.base import QuantLayer
 from fewstep.quant.training.layers import Trainable, TrainedLayer
 
+CHECKS = 10
+"""How often training is judged."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -56,14 +59,20 @@ def distil(
         schedule: how long and how fast.
         blocks: paths of modules whose outputs are mimicked as well, where ``schedule.mimic`` is not 0.
 
+    Some samples are held out: the state with the least error on them is what is kept, the start if that is it.
+
     Returns:
-        Findings: noise to signal of the output before and after.
+        Findings: noise to signal of the output on the samples held out, before and after.
     """
     device = next(original.parameters()).device
-    here = [call.to(device) for call in calls]
+    seen, unseen = held_out([call.to(device) for call in calls])
     with torch.no_grad():
-        wanted = [call.run(original).float() for call in here]
-    before = _noise(model, here, wanted)
+        wanted, unseen_wanted = ([call.run(original).float() for call in part] for part in (seen, unseen))
+
+    def score() -> float:
+        return _noise(model, unseen, unseen_wanted)
+
+    before = score()
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     quantized: dict[str, QuantLayer] = {}
     trained: dict[str, TrainedLayer] = {}
@@ -76,7 +85,7 @@ def distil(
             quantized[path], trained[path] = found, TrainedLayer(layer, found, what)
             _hang(model, path, trained[path])
         with torch.enable_grad():
-            _train(model, original, trained, here, wanted, schedule, blocks)
+            _train(model, original, trained, seen, wanted, schedule, blocks, score)
     finally:
         for path, layer in quantized.items():
             _hang(model, path, layer)
@@ -91,7 +100,7 @@ def distil(
         if layer.bias is not None or bool(bias.any()):
             layer.bias = _fixed(bias.to(layer.dtype))
         layer.memory.clear()
-    after = _noise(model, here, wanted)
+    after = score()
     if not after < before:
         for path, arrays in kept.items():
             for name, value in arrays.items():
@@ -108,6 +117,7 @@ def _train(
     wanted: Sequence[Tensor],
     schedule: Schedule,
     blocks: Sequence[str],
+    score: Callable[[], float],
 ) -> None:
     groups: list[dict[str, Any]] = []
     for layer in trained.values():
@@ -129,7 +139,8 @@ def _train(
     )
     generator = torch.Generator().manual_seed(0)
     mimic = Mimic(model, original, blocks, calls) if schedule.mimic and blocks else None
-    for _ in range(schedule.iterations):
+    least, best = float("inf"), _state(trained)
+    for step in range(schedule.iterations):
         i = int(torch.multinomial(chances, 1, generator=generator))
         out = calls[i].run(model).float()
         loss = (out - wanted[i]).square().sum() / wanted[i].square().sum()
@@ -139,8 +150,31 @@ def _train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         decay.step()
+        if (step + 1) % max(1, schedule.iterations // CHECKS) == 0 or step + 1 == schedule.iterations:
+            now = score()
+            if now < least:
+                least, best = now, _state(trained)
+    for path, values in best.items():
+        trained[path].load_state_dict(values)
     if mimic is not None:
         mimic.close()
+
+
+def held_out(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
+    """Calls to train on and calls to judge by: of every call the last quarter of its samples; of single ones every fourth."""
+    seen, unseen = [], []
+    for i, call in enumerate(calls):
+        rows, apart = list(range(call.batch)), call.batch // 4
+        if apart:
+            seen.append(call.select(rows[:-apart]))
+            unseen.append(call.select(rows[-apart:]))
+        else:
+            (unseen if i % 4 == 3 else seen).append(call)
+    return (seen, unseen) if unseen else (seen, seen)
+
+
+def _state(trained: Mapping[str, TrainedLayer]) -> dict[str, dict[str, Tensor]]:
+    return {path: {n: v.detach().clone() for n, v in layer.state_dict().items()} for path, layer in trained.items()}
 
 
 class Mimic:

@@ -23,6 +23,8 @@ from fewstep.samplers.plan import SolverPlan
 FEWEST = 8
 SHARE = 0.2
 """A set of differences takes at most this share of the time that is left: fewer trajectories, but not fewer than FEWEST."""
+MUCH = 0.9
+"""Share of the held-out error that rows by least squares may leave to be gone on from."""
 PATIENCE = 3
 """Steps that do not help on held-out trajectories, after which a stage is over."""
 
@@ -149,9 +151,14 @@ class _Tuning:
         )
 
     def rows(self) -> None:
-        """The closed form for the rows: one run of all trajectories, and a better start for what follows."""
-        if self.spent < self.seconds:
-            plan = least_squares(self.start.plan, self.train, ridge=1e-2)
+        """The closed form for the rows: one run of all trajectories, and a better start for what follows if it gains much.
+
+        A greedy fit that gains little is a dead end: what is fitted from there on ends worse.
+        """
+        if self.spent >= self.seconds:
+            return
+        plan = least_squares(self.start.plan, self.train, ridge=1e-2)
+        if float(error(plan, self.judge).mean()) < MUCH * self.start.error:
             self.seen(plan, float(error(plan, self.train).mean()), "rows")
 
     def result(self, about: Mapping[str, Any]) -> SolverPlan:

@@ -120,12 +120,9 @@ class Parameters:
             lam = torch.cat([lam[:1], inner, lam[n:]])
         t = self.schedule.t(lam)
         told = lam[:n]
-        if shifts is not None:
-            shifts = shifts + self._leaning
-            shifts = torch.cat(
-                [torch.zeros_like(shifts[: b + 1]), shifts[b + 1 :]]
-            )  # the first is pure noise, as it says
-            told = torch.cat([told[:b], told[b:] + torch.tanh(shifts[b:]) * WINDOW * _room(told[b:])])
+        shifts = self._leaning if shifts is None else self._leaning + shifts
+        shifts = torch.cat([torch.zeros_like(shifts[:1]), shifts[1:]])  # the first is pure noise, as it says
+        told = torch.cat([told[:b], told[b:] + torch.tanh(shifts[b:]) * WINDOW * _room(told[b:])])
         told_t = torch.cat([t[:b], self.schedule.t(told[b:].clamp(max=max(self._clean, float(self.start.lam[n - 1]))))])
         return Grid(t, lam, self.schedule.model_time(told_t), self.schedule, "learned")
 
