@@ -231,4 +231,4 @@ def kind(name: str) -> str:
 
 def curve(name: str) -> str:
     """The method without its setting: arms of one curve can be interpolated between."""
-    return name.split(":")[0] if kind(name) != "fewstep" else name.split("(")[0]
+    return name.split(":")[0] if kind(name) != "fewstep" else name.split("(")[0].strip()

@@ -24,7 +24,7 @@ def at_equal_macs(entries: Sequence[dict[str, Any]]) -> list[tuple[str, float, f
     Between two settings on the method's own front the logarithm of the error is taken to be linear in the MACs. Where all
     settings take more, or all less, the nearest one's error stands, and its MACs are said.
     """
-    done = {e["arm"]: e for e in entries if "macs" in e}
+    done = {e["arm"]: e for e in entries if "macs" in e and "+" not in e["arm"]}
     if PLAN not in done:
         return []
     wanted = done[PLAN]["macs"]

@@ -52,7 +52,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "pixart": (PixArtTransformer2DModel, PIXART),
 }
 NARROW: dict[str, dict[str, Any]] = {
-    "sd15": {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2, "sample_size": 8},
+    "sd15": {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2, "sample_size": 16},
     "dit-xl": {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 4},
     "pixart": {
         "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 4, "cross_attention_dim": 16, "caption_channels": 16,
@@ -263,6 +263,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     about, bodies = machine(), list[dict[str, Any]]()
     for name in asked.model:
+        hooks = overhead(name, asked.hooks)
         subject = Subject(name, asked.batch, size=asked.size)
         taken, plain, failed = timed(subject, asked.rounds, asked.only)
         bodies.append(
@@ -273,7 +274,7 @@ def main() -> None:
                 "rounds": asked.rounds,
                 "plain": np.median(plain, axis=0).tolist(),
                 "timings": [asdict(t) for t in summary(subject, taken, plain)],
-                "overhead": overhead(name, asked.hooks),
+                "overhead": hooks,
                 "failed": failed,
             }
         )

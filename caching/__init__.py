@@ -100,7 +100,7 @@ _MODULES = {
     "spectral": ("FasterCacheDelta", "FrequencyDelta"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

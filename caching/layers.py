@@ -26,12 +26,15 @@ class Layer:
             method.check_model(family)
         names = list(method.sites) if isinstance(method, CachePlan) else method.sites(family)
         if not names:
-            raise FewstepError(
-                f"{_describe(method)} found no site in {family.name}; it has {', '.join(family.offered())}"
-            )
+            raise FewstepError(f"{self.described} found no site in {family.name}; it has {', '.join(family.offered())}")
         self.sites = [family.site(name) for name in names]
         self.probes = {} if isinstance(method, CachePlan) else method.probes(family)
         self._plans: dict[Any, CachePlan] = {}
+
+    @property
+    def described(self) -> str:
+        """The method in words."""
+        return self.method.method if isinstance(self.method, CachePlan) else self.method.describe()
 
     @property
     def timed(self) -> bool:
@@ -51,10 +54,6 @@ class Layer:
         if (steps, times) not in self._plans:
             self._plans[steps, times] = self.method.at_times(times).compile(family, steps)
         return Planned(self._plans[steps, times])
-
-
-def _describe(method: Method | CachePlan) -> str:
-    return method.method if isinstance(method, CachePlan) else method.describe()
 
 
 @dataclass

@@ -47,9 +47,7 @@ class CacheReport:
                 counts.setdefault((step, site + len(sites)), Counter())[action] += times
             prefix = f"{cache.family.name}:" if len(caches) > 1 else ""
             sites += [prefix + site.name for site in cache.sites]
-        methods = [
-            m.method if hasattr(m, "method") else m.describe() for c in caches for m in (x.method for x in c.layers)
-        ]
+        methods = [layer.described for cache in caches for layer in cache.layers]
         made = cls(
             method=" + ".join(dict.fromkeys(methods)),
             sites=tuple(sites),

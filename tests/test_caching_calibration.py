@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+
 from fewstep import caching
 from fewstep.artifact import ArtifactError
 from fewstep.caching.actions import Action
@@ -19,7 +20,6 @@ from fewstep.caching.calibration.schedule import best_keys, exhaustive, total_co
 from fewstep.caching.predictors import Affine
 from fewstep.caching.store import Cell
 from fewstep.errors import FewstepError
-
 from tests.pipeline_fixtures import tiny_ddpm_pipeline, tiny_dit_pipeline
 
 

@@ -530,8 +530,8 @@ def test_sample_itself_compiles():
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "solver", [DDIM(), DPMSolver(order=2), DPMSolver(order=3, **FULL), UniPC(order=2), UniPC(order=2, solver_type="bh1", basis="noise"),
-               DEIS(order=3, variable="rho")],
+    "solver", [DDIM(), DPMSolver(order=2), DPMSolver(order=3, **FULL), UniPC(order=2), DEIS(order=3, variable="rho"),
+               UniPC(order=2, solver_type="bh1", basis="noise")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["epsilon", "flow_prediction", "edm"])

@@ -95,7 +95,9 @@ def test_public_names_resolve(room):
         getattr(module, name)
 
 
-@pytest.mark.parametrize("module", ["fewstep", "fewstep.samplers", "fewstep.quant", "fewstep.pipelines", "fewstep.eval"])
+@pytest.mark.parametrize(
+    "module", ["fewstep", "fewstep.samplers", "fewstep.quant", "fewstep.pipelines", "fewstep.eval"]
+)
 def test_an_unknown_name_is_answered_with_the_known_ones(module):
     there = importlib.import_module(module)
     with pytest.raises(AttributeError, match=f"'{module}' has no attribute 'smaplers'") as error:

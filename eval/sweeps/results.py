@@ -178,7 +178,10 @@ def checked(body: dict[str, Any]) -> bool:
     said = body.pop(CHECKSUM, None)
     try:
         return said is None or said == fingerprint.of_json(body)
-    except (ValueError, RecursionError):  # NaN, which Python's reader takes and no writer of ours makes; no depth either
+    except (
+        ValueError,
+        RecursionError,
+    ):  # NaN, which Python's reader takes and no writer of ours makes; no depth either
         return False
 
 

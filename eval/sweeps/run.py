@@ -45,6 +45,7 @@ def run(sweep: Sweep, out: Path, *, progress: bool, command: Sequence[str] | Non
         metrics: tuple[Metric, ...] = ()
         columns: tuple[str, ...] = ()
         account: Account | None = None
+        cluster: Any = None
         with processes.together():  # the others begin when the main process holds the folder
             if processes.main:
                 metrics, columns = _measured(sweep)
