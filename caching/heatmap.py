@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 
 def table_html(decisions: Mapping[str, Any], name: str) -> str:
-    """The heat map of a report page, for notebooks."""
-    from fewstep.eval.reports.decisions import Decisions
-    from fewstep.eval.reports.page_plots import heat_map
+    """The heat map as SVG, for notebooks."""
+    from fewstep.eval.reports.plots import decisions_figure
+    from fewstep.eval.reports.svg import saved
 
-    return heat_map(Decisions.from_json(decisions), name)
+    svg = saved(decisions_figure(decisions["sites"], decisions["decisions"], name), "svg").decode()
+    return svg[svg.index("<svg") :]
 
 
 def plan_svg(plan: CachePlan) -> str:

@@ -16,7 +16,7 @@ from fewstep.caching.actions import Action
 from fewstep.caching.calibration.fitting import Fitter
 from fewstep.caching.calibration.gram import Gram
 from fewstep.caching.calibration.runs import Runs
-from fewstep.caching.calibration.schedule import best_keys, exhaustive, total_cost
+from fewstep.caching.calibration.schedule import best_keys, even_keys, exhaustive, total_cost
 from fewstep.caching.predictors import Affine
 from fewstep.caching.store import Cell
 from fewstep.errors import FewstepError
@@ -51,6 +51,17 @@ def test_the_schedule_is_never_worse_than_the_uniform_one_by_its_own_measure():
         for interval in (2, 3, 4):
             uniform = tuple(range(0, 12, interval))
             assert total_cost(12, best_keys(12, len(uniform), cost), cost) <= total_cost(12, uniform, cost) + 1e-12
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_even_schedules_start_with_two_steps_and_have_gaps_that_differ_by_one_at_most(steps):
+    for count in range(1, steps + 1):
+        keys = even_keys(steps, count)
+        assert len(set(keys)) == count
+        assert keys[:2] == tuple(range(min(count, 2)))
+        gaps = np.diff([*keys[1:], steps]) if count > 1 else np.array([1])
+        assert gaps.max() - gaps.min() <= 1
+        assert keys[-1] < steps
 
 
 @pytest.mark.parametrize("count", [0, 5])

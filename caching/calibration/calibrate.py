@@ -19,8 +19,8 @@ from fewstep.caching.calibration.gram import Gram
 from fewstep.caching.calibration.quality import Quality, measure
 from fewstep.caching.calibration.recording import grams, sensitivity
 from fewstep.caching.calibration.runs import Runs
-from fewstep.caching.calibration.schedule import Cost, best_keys
-from fewstep.caching.controller import controller_of
+from fewstep.caching.calibration.schedule import Cost, best_keys, even_keys
+from fewstep.caching.controller import applied, controller_of
 from fewstep.caching.cost import row_macs
 from fewstep.caching.families import family_of
 from fewstep.caching.method import Method
@@ -28,6 +28,7 @@ from fewstep.caching.methods.dp_cache import DPCache
 from fewstep.caching.methods.erta import ERTACache
 from fewstep.caching.methods.router import Router
 from fewstep.caching.plan import Actions, CachePlan
+from fewstep.caching.predictors import Affine, Extrapolate
 from fewstep.errors import FewstepError
 
 Tick = Callable[[str], None]
@@ -189,14 +190,21 @@ Judge = Callable[[int], tuple[CachePlan, Quality]]
 def _judge(
     candidate: _Candidate, method: DPCache, train: Runs, test: Runs, uncached: Tensor, bound: str, tick: Tick
 ) -> Judge:
-    """Of a number of computed steps the fitted plan and its held-out quality."""
+    """Of a number of computed steps the best plan by its held-out quality.
+
+    Two schedules, the one that costs least by what was recorded and an even one, each with the fitted correction and with
+    plain extrapolation: what was recorded does not see how errors add up, so the held-out samples choose.
+    """
 
     def judge(count: int) -> tuple[CachePlan, Quality]:
-        keys = best_keys(train.steps, count, candidate.cost)
-        plan = _fitted(candidate.site, keys, method, train)[0]
-        tick(f"{candidate.site}: fit")
         share = (count + candidate.share * (train.steps - count)) / train.steps
-        return plan, measure(plan, test, uncached, share, bound)
+        found = []
+        for keys in {best_keys(train.steps, count, candidate.cost), even_keys(train.steps, count)}:
+            for fitted in (True, False):
+                plan = _made(candidate.site, keys, method, train, fitted)[0]
+                found.append((plan, measure(plan, test, uncached, share, bound)))
+                tick(f"{candidate.site}: {count} of {train.steps} steps")
+        return min(found, key=lambda pair: pair[1].latent_rms)
 
     return judge
 
@@ -214,10 +222,19 @@ def _fewest(judge: Judge, budget: Budget, steps: int) -> tuple[CachePlan, Qualit
     return found
 
 
-def _fitted(site: str, keys: Sequence[int], method: DPCache, train: Runs) -> tuple[CachePlan, Tensor]:
+def _made(
+    site: str, keys: Sequence[int], method: DPCache, train: Runs, fitted: bool, latents: bool = False
+) -> tuple[CachePlan, Tensor | None]:
+    """The plan of a schedule, and where asked for the latents that it leads to on the samples of the fit."""
     actions = _actions(keys, train.steps)
-    predictor, latents = fit(train, (site,), actions, method.depth)
-    return CachePlan((site,), actions, predictor), latents
+    if fitted:
+        predictor, reached = fit(train, (site,), actions, method.depth)
+        return CachePlan((site,), actions, predictor), reached
+    plan = CachePlan((site,), actions, Extrapolate(method.depth - 1))
+    if not latents:
+        return plan, None
+    with applied(train.pipe, plan):
+        return plan, train.latents()
 
 
 def _actions(keys: Sequence[int], steps: int) -> Actions:
@@ -243,17 +260,19 @@ def _refined(
     """
     rng = random.Random(0)
     keys = tuple(int(i) for i in np.flatnonzero(plan.actions[:, 0] == Action.COMPUTE))
-    error = _error(_fitted(candidate.site, keys, method, train)[1], uncached)
+    fitted = isinstance(plan.predictor, Affine)
+    error = _error(_made(candidate.site, keys, method, train, fitted, latents=True)[1], uncached)
     seen = {keys}
     for _ in range(method.refine):
         moved = _moved(keys, train.steps, rng, seen)
         if moved is None:
             break
         seen.add(moved)
-        found, latents = _fitted(candidate.site, moved, method, train)
+        found, latents = _made(candidate.site, moved, method, train, fitted, latents=True)
+        reached = _error(latents, uncached)
         tick(f"{candidate.site}: refine")
-        if _error(latents, uncached) < error:
-            keys, error = moved, _error(latents, uncached)
+        if reached < error:
+            keys, error = moved, reached
             better = found
             plan_quality = measure(better, test, uncached_test, quality.macs_share)
             if plan_quality.latent_rms < quality.latent_rms:
@@ -274,7 +293,8 @@ def _moved(keys: tuple[int, ...], steps: int, rng: random.Random, seen: set[tupl
     return None
 
 
-def _error(latents: Tensor, uncached: Tensor) -> float:
+def _error(latents: Tensor | None, uncached: Tensor) -> float:
+    assert latents is not None
     error = float((latents - uncached).double().flatten(1).square().mean(1).sqrt().mean())
     return error if np.isfinite(error) else float("inf")
 

@@ -43,6 +43,14 @@ def best_keys(steps: int, count: int, cost: Cost) -> tuple[int, ...]:
     return min((spent + run(key, earlier, steps), keys) for (earlier, key), (spent, keys) in best.items())[1]
 
 
+def even_keys(steps: int, count: int) -> tuple[int, ...]:
+    """The first two steps, so that a line through values is known early, and the others at even distances."""
+    if count < 3:
+        return tuple(range(count))
+    gap = (steps - 1) / (count - 1)
+    return (0, *(int(1 + i * gap) for i in range(count - 1)))
+
+
 def total_cost(steps: int, keys: tuple[int, ...], cost: Cost) -> float:
     """The summed cost of the steps that are not computed."""
     spent, key, earlier = 0.0, 0, -1

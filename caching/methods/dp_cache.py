@@ -15,9 +15,10 @@ from fewstep.errors import FewstepError
 class DPCache(Method):
     """What ``caching.calibrate`` turns into a plan: one site, computed at the steps that dynamic programming picks.
 
-    CacheQuant's schedule and decoupled error correction (arXiv 2503.01323), with three differences: what a reused step
-    costs is what the best affine prediction leaves, times how much an error there moves the final latents; a prediction may
-    read the last two computed values; and the schedule is refined by measuring.
+    CacheQuant's schedule and decoupled error correction (arXiv 2503.01323), with these differences: what a reused step costs
+    is what the best affine prediction leaves, times how much an error there moves the final latents; a prediction may read
+    the last two computed values; an even schedule and plain extrapolation are tried too, and held-out samples choose; and
+    the schedule is refined by measuring.
 
     Attributes:
         budget: share of the MACs of computing everything.

@@ -158,6 +158,7 @@ def steps_figure(
 def decisions_figure(sites: Sequence[str], decisions: Sequence[Sequence[int]], name: str) -> Figure:
     """Steps from left to right, sites from top to bottom; 0, which is computed, stays empty."""
     from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
 
     figure = _empty(1.0 + 0.16 * max(4, len(sites)))
     axes = figure.add_subplot()
@@ -167,6 +168,7 @@ def decisions_figure(sites: Sequence[str], decisions: Sequence[Sequence[int]], n
     axes.imshow(by_site, cmap=colours, vmin=-0.5, vmax=modes + 0.5, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(sites)), [_clipped(site, 28) for site in sites], fontsize=7)
     _finish(axes, name, "step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False)
     return figure
 
