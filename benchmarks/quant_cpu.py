@@ -69,7 +69,7 @@ MODELS: dict[str, Callable[[], Network]] = {"dit": dit, "dit-long": dit_long, "u
 
 def torchao_int8(model: nn.Module) -> None:
     """torchao's dynamic int8, linear layers only: it has no convolution on the CPU."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # pyright: ignore[reportMissingImports]
 
     chosen = set(quant.Int8().plan(model).layers)
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), lambda m, name: type(m) is nn.Linear and name in chosen)
