@@ -3,8 +3,9 @@
 Names are loaded on first use.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from fewstep.lazy import load as _load
 
 assert __name__.startswith("fewstep."), "import fewstep.caching instead"
 
@@ -104,11 +105,7 @@ __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fewstep.caching' has no attribute {name!r}; it has {', '.join(__dir__())}")
-    value = getattr(import_module(f"fewstep.caching.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return _load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

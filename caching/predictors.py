@@ -112,7 +112,22 @@ class Hold(Predictor):
 
 
 @dataclass(frozen=True)
-class Extrapolate(Predictor):
+class Polynomial(Predictor):
+    """Base of predictors that go through the last ``order + 1`` computed values; 0 holds the last."""
+
+    order: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.order, int) or not 0 <= self.order <= 4:
+            raise FewstepError(f"order is {self.order!r}; give 0 (hold) to 4")
+
+    @property
+    def depth(self) -> int:
+        return self.order + 1
+
+
+@dataclass(frozen=True)
+class Extrapolate(Polynomial):
     """The polynomial of degree ``order`` through the last ``order + 1`` computed values, at the step asked for.
 
         F(s) = sum_j F(s_j) prod_{m != j} (s - s_m) / (s_j - s_m)
@@ -120,15 +135,7 @@ class Extrapolate(Predictor):
     Exact for features that are polynomials of that degree in the step. With fewer values the degree is what they allow.
     """
 
-    order: int = 1
     kind: ClassVar[str] = "extrapolate"
-
-    def __post_init__(self) -> None:
-        _check_order(self.order)
-
-    @property
-    def depth(self) -> int:
-        return self.order + 1
 
     def weights(self, past: Sequence[int], step: int) -> list[float]:
         weights = []
@@ -141,7 +148,7 @@ class Extrapolate(Predictor):
 
 
 @dataclass(frozen=True)
-class Taylor(Predictor):
+class Taylor(Polynomial):
     """TaylorSeer's forecast, as published: backward differences stand for derivatives at the newest value.
 
         D^0 = F,  D^{k+1}_j = (D^k_j - D^k_{j+1}) / (s_j - s_{j+1}),  F(s) = sum_k D^k_0 (s - s_0)^k / k!
@@ -151,15 +158,7 @@ class Taylor(Predictor):
     TaylorSeers, arXiv 2503.06923, eq. 5-8.
     """
 
-    order: int = 1
     kind: ClassVar[str] = "taylor"
-
-    def __post_init__(self) -> None:
-        _check_order(self.order)
-
-    @property
-    def depth(self) -> int:
-        return self.order + 1
 
     def weights(self, past: Sequence[int], step: int) -> list[float]:
         count = len(past)
@@ -290,8 +289,3 @@ class Affine(Predictor):
 def channel_axis(value: Tensor) -> int:
     """Where the channels of a feature are: axis 1 of maps (B, C, H, W), the last one of tokens (B, N, C)."""
     return 1 if value.ndim >= 4 else value.ndim - 1
-
-
-def _check_order(order: int) -> None:
-    if not isinstance(order, int) or not 0 <= order <= 4:
-        raise FewstepError(f"order is {order!r}; give 0 (hold) to 4")

@@ -5,6 +5,8 @@ Names are loaded on first use, so that a command line that only prints help pays
 
 from typing import TYPE_CHECKING
 
+from fewstep.lazy import load as _load
+
 assert __name__.startswith("fewstep."), "import fewstep.eval instead"
 
 if TYPE_CHECKING:
@@ -201,11 +203,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        import importlib
-
-        return getattr(importlib.import_module(f"fewstep.eval.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'fewstep.eval' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return _load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,10 @@
 Names are loaded on first use, so that a command line that only prints help does not pay for torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from fewstep.lazy import load as _load
 
 assert __name__.startswith("fewstep."), "import fewstep.quant instead"
 
@@ -116,13 +119,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    import importlib
-
-    if name in _HOME:
-        return getattr(importlib.import_module(f"fewstep.quant.{_HOME[name]}"), name)
     if name == "kernels":
-        return importlib.import_module("fewstep.quant.kernels")
-    raise AttributeError(f"module 'fewstep.quant' has no attribute {name!r}; it has {', '.join(__all__)}")
+        return import_module("fewstep.quant.kernels")
+    return _load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

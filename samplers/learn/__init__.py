@@ -9,6 +9,8 @@ Names are loaded when they are used; :mod:`fewstep.samplers` does not need this 
 
 from typing import TYPE_CHECKING
 
+from fewstep.lazy import load as _load
+
 if TYPE_CHECKING:
     from fewstep.samplers.learn.figure import plot as plot
     from fewstep.samplers.learn.fitting.descent import Descent as Descent
@@ -68,13 +70,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        import importlib
-
-        return getattr(importlib.import_module(f"fewstep.samplers.learn.{_HOME[name]}"), name)
-    raise AttributeError(
-        f"module 'fewstep.samplers.learn' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}"
-    )
+    return _load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

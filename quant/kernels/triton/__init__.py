@@ -7,6 +7,8 @@ runs where; docs/kernels.md has the layouts and what is proven of them.
 
 from typing import TYPE_CHECKING
 
+from fewstep.lazy import load as _load
+
 assert __name__.startswith("fewstep."), "import fewstep.quant instead"
 
 if TYPE_CHECKING:
@@ -58,13 +60,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        import importlib
-
-        return getattr(importlib.import_module(f"fewstep.quant.kernels.triton.{_HOME[name]}"), name)
-    raise AttributeError(
-        f"module 'fewstep.quant.kernels.triton' has no attribute {name!r}; it has {', '.join(__all__)}"
-    )
+    return _load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:
