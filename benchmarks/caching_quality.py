@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from caching_arms import OUT, PLANS, UNUSED, arms, full
+from caching_arms import OUT, PLANS, UNUSED, arms, full, plans
 from caching_pages import PLAN, page, picture
 from caching_peers import Peer
 from record import machine, write
@@ -107,11 +107,17 @@ def cell(subject: Subject, name: str, arm: Peer) -> dict[str, Any]:
     }
 
 
+def key_of(subject: Subject, name: str) -> str:
+    """What an arm's results are kept under: its name and, where a plan file is in it, what that plan does."""
+    digests = [plan.digest for title, plan in plans(subject).items() if name.startswith(title)]
+    return hashlib.sha256("".join([name, *digests]).encode()).hexdigest()[:12]
+
+
 def measured(subject: Subject, only: Sequence[str], again: bool) -> list[dict[str, Any]]:
     """Every arm's cell, those of earlier runs from their files."""
     found = []
     for name, arm in arms(subject).items():
-        path = subject.work / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{subject.seeds}.json"
+        path = subject.work / f"{key_of(subject, name)}-{subject.seeds}.json"
         if (again or not path.exists()) and any(word in name for word in only):
             entry = cell(subject, name, arm)
             write_bytes(path, json.dumps(entry).encode())
@@ -129,7 +135,7 @@ CHUNK = 50
 
 def pictures(subject: Subject, name: str, arm: Peer, count: int) -> Tensor:
     """So many images of an arm, in chunks that are kept."""
-    key = hashlib.sha256(name.encode()).hexdigest()[:12]
+    key = key_of(subject, name)
     with arm(subject.pipe, subject.steps) as reset:
         chunks = []
         for first in range(0, count, CHUNK):
