@@ -11,7 +11,9 @@ from fewstep.cli.options import DeviceOption, SeedOption
 
 
 def quantize(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the quantised network.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder for the quantised network; not needed with --plan.")
+    ] = None,
     config: Annotated[
         str,
         typer.Option(
@@ -48,6 +50,8 @@ def quantize(
     from fewstep.quant.configs import make_config
 
     method = make_config(config)
+    if out is None and not plan_only:
+        raise FewstepError("give --out FOLDER for the quantised network, or --plan to print the plan only")
     if samples < 0 or steps < 1:
         raise FewstepError(f"samples is {samples} and steps {steps}; give at least 0 and 1")
     (source,) = make_sources(model)
@@ -71,7 +75,7 @@ def quantize(
             seed=seed,
             keep=samples,
         )
-    if plan_only:
+    if plan_only or out is None:
         from fewstep.quant.state import evaluating
 
         with evaluating(network):
