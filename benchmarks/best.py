@@ -4,7 +4,8 @@
 
 For every model, guidance and number of network calls an image both sides are searched in the same way: every solver on
 every grid of its first list (beyond the fewest calls: the 48 best of the number before, at most 6 of a class), then twice
-all changes of one option or of the grid of the best three. An error is the RMS of the difference of the latents to those of
+all changes of one option or of the grid of the best three. Ours begins with what diffusers' search ended with as well, each of
+those six as our scheduler with the same options: who changes from diffusers begins there too. An error is the RMS of the difference of the latents to those of
 1,000 steps from the same noise, averaged over seeds. The search sees seeds 0 to 3, its best six are compared on seeds 0 to 7,
 and what comes out is measured on seeds 8 to 15, which nothing was chosen by. A call with guidance sees the batch twice and
 counts once; schedulers of several calls a step get as many steps as the calls pay for.
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import OURS, OURS_FLOW, THEIRS, THEIRS_FLOW, Side, distinct, extras, prepared
+from contenders import OURS, OURS_FLOW, THEIRS, THEIRS_FLOW, Side, distinct, extras, prepared, translated
 from diffusers.utils import logging
 from record import RESULTS, machine, provenance, table, write
 from rich.progress import Progress
@@ -227,9 +228,10 @@ def searched(subject: Subject | Mixture, calls_list: Sequence[int], effort: Effo
                     "reference_error": drift,
                     "effort": asdict(effort),
                 }
-                for name, side in sides.items():
+                for name, side in reversed(sides.items()):
                     search = Search(subject, network, reference, calls, effort)
-                    part[name] = search.best(side, starts[name], name == "ours")
+                    same = [translated(entry["scheduler"]) for entry in part["theirs"]] if name == "ours" else []
+                    part[name] = search.best(side, distinct([*starts[name], *same]), name == "ours")
                     part[f"{name}_tried"] = sum(map(math.isfinite, search.found.values()))
                     part[f"{name}_by_solver"] = by_solver(search)
                     part[f"{name}_next"] = search.handed_on()

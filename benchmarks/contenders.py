@@ -205,6 +205,20 @@ OURS_FLOW = Side(
     ),
 )  # fmt: skip
 
+_SAME = {
+    "DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPMSolver", "DPMSolverSinglestepScheduler": "DPMSolverSinglestep",
+    "UniPCMultistepScheduler": "UniPC", "DEISMultistepScheduler": "DEIS", "LMSDiscreteScheduler": "LMS",
+}  # fmt: skip
+"""Classes of diffusers that one of ours stands in for, option by option."""
+
+
+def translated(spec: str) -> str | None:
+    """Our scheduler of the same method with the same options; None where there is none."""
+    parsed = parse_spec(spec)
+    options = {key: value for key, value in parsed.options if key not in ("clip_sample", "use_flow_sigmas", "prediction_type")}
+    return made(_SAME[parsed.name], options) if parsed.name in _SAME else None
+
+
 _PREFIXES = ("free:", "shifted:")
 """Changes of a scheduler's plan: the first output assumed in place of one call, and the network told shifted times."""
 

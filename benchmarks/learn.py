@@ -10,7 +10,7 @@ mean RMS error of the latents to 1,000 steps of DPM-Solver++ 2M. The best of dif
 out of the list of benchmarks/baseline.py. With --images, FID and what else the model is scored by: of the learned plan, and of
 diffusers' best at more calls, which is what it has to keep up with.
 
---ship learns those plans: trajectories of 64 prompts from the end of the model's list and seeds from 1,000,000 on. A plan
+--ship learns those plans: 100 trajectories, with prompts from the end of the model's list and seeds from 1,000,000 on. A plan
 that is there is kept. --from goes on from another model's plans, where both have one noise schedule.
 
 --methods runs every method on the same trajectories within the same time and measures on the same 16 seeds; ``mixture`` is the
@@ -75,7 +75,7 @@ def ship(options: argparse.Namespace) -> None:
         todo = [n for n in options.calls or SHIPPED if not (FOLDER / f"{name}-{n}.json").exists()]
         if not todo:
             continue
-        problem = teacher(name, options.guidance, 56, options.work).problem()
+        problem = teacher(name, options.guidance, options.trajectories, options.work).problem()
         for nfe in todo:
             source = FOLDER / f"{options.source}-{nfe}.json"
             start = SolverPlan.load(source) if options.source and source.exists() else None
@@ -157,7 +157,7 @@ def comparison(body: dict[str, Any]) -> str:
         f"# Learned plans of {body['model']}, guidance {body['guidance']:g}\n\n"
         + table(header, rows)
         + f"\nMean RMS error of the latents of seeds 0 to 15 to 1,000 steps; FID over {body['images']} images. Minutes "
-        "of learning, on 36 trajectories. How it is measured stands in `benchmarks/learn.py`.\n\n"
+        "of learning after the trajectories were made, 20 of which are held out. How it is measured stands in `benchmarks/learn.py`.\n\n"
         + provenance(body["machine"])
     )
 
@@ -326,6 +326,9 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="learn the plans that are not there yet")
     parser.add_argument("--from", dest="source", help="the embedded model whose plans to start from")
     parser.add_argument("--minutes", type=float, default=15.0, help="a plan, with --ship (%(default)s)")
+    parser.add_argument(
+        "--trajectories", type=int, default=100, help="with --ship; 20 of them held out (%(default)s)"
+    )
     parser.add_argument("--methods", action="store_true", help="compare the methods instead")
     parser.add_argument("--seconds", type=float, default=120.0, help="a method, with --methods (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path(".cache/baseline"))
