@@ -215,7 +215,9 @@ _SAME = {
 def translated(spec: str) -> str | None:
     """Our scheduler of the same method with the same options; None where there is none."""
     parsed = parse_spec(spec)
-    options = {key: value for key, value in parsed.options if key not in ("clip_sample", "use_flow_sigmas", "prediction_type")}
+    options = {
+        key: value for key, value in parsed.options if key not in ("clip_sample", "use_flow_sigmas", "prediction_type")
+    }
     return made(_SAME[parsed.name], options) if parsed.name in _SAME else None
 
 

@@ -16,8 +16,8 @@ that is there is kept. --from goes on from another model's plans, where both hav
 --methods runs every method on the same trajectories within the same time and measures on the same 16 seeds; ``mixture`` is the
 64-dimensional one of benchmarks/subjects.py at guidance 7.5. Finished methods are kept in --work.
 
---cascade searches DC-Solver's ratios on the mixture at some numbers of calls and guidance scales, fits the cascade to them, and
-compares what it predicts in between with what a search finds there.
+--cascade searches DC-Solver's ratios on the mixture at some numbers of calls and guidance scales, along curves, fits the cascade
+to them, and compares what it predicts in between with what the same search finds there, and with ratios searched freely.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,8 @@ def comparison(body: dict[str, Any]) -> str:
         f"# Learned plans of {body['model']}, guidance {body['guidance']:g}\n\n"
         + table(header, rows)
         + f"\nMean RMS error of the latents of seeds 0 to 15 to 1,000 steps; FID over {body['images']} images. Minutes "
-        "of learning after the trajectories were made, 20 of which are held out. How it is measured stands in `benchmarks/learn.py`.\n\n"
-        + provenance(body["machine"])
+        "of learning, after the trajectories were made, 20 of which are held out. How it is measured stands in "
+        "`benchmarks/learn.py`.\n\n" + provenance(body["machine"])
     )
 
 
@@ -270,12 +270,20 @@ def cascade(options: argparse.Namespace) -> None:
     def searched(nfe: int, problem: learn.Problem) -> tuple[float, ...]:
         return learn.dc_search(problem.take(slice(0, 10)), _even(problem, nfe))
 
+    def curve(nfe: int, problem: learn.Problem, start: tuple[float, ...] | None = None) -> tuple[float, ...]:
+        return learn.dc_curve(problem.take(slice(0, 10)), _even(problem, nfe), start=start)
+
     def mean(nfe: int, problem: learn.Problem, ratios: tuple[float, ...] | None) -> float:
         plan = DCSolver(UniPC(), ratios).compile(problem.schedule, _even(problem, nfe))
         return float(learn.error(plan, problem.take(slice(10, 26))).mean())
 
     known = {g: _mixture(g) for g in SEARCHED[1]}
-    fitted = learn.Cascade.fit({(n, g): searched(n, p) for g, p in known.items() for n in SEARCHED[0]})
+    table_of: dict[tuple[int, float], tuple[float, ...]] = {}
+    for n in sorted(SEARCHED[0], reverse=True):  # every curve from its neighbour's
+        for g, problem in known.items():
+            near = [k for k in ((n, _before(SEARCHED[1], g)), (_before(SEARCHED[0][::-1], n), g)) if k in table_of]
+            table_of[n, g] = curve(n, problem, table_of[near[0]] if near else None)
+    fitted = learn.Cascade.fit(table_of)
     entries = []
     for g in PREDICTED[1]:
         problem = _mixture(g)
@@ -287,20 +295,23 @@ def cascade(options: argparse.Namespace) -> None:
                     "guidance": g,
                     "unipc": plain,
                     "searched": found,
+                    "curve": mean(n, problem, curve(n, problem)),
                     "predicted": mean(n, problem, fitted.predict(n, g)),
                 }
             )
     rows = []
     for e in entries:
-        gain = e["unipc"] - e["searched"]
+        gain = e["unipc"] - e["curve"]
         share = f"{100 * (e['unipc'] - e['predicted']) / gain:.0f} %" if gain > 0.05 * e["unipc"] else "–"
-        errors = (f"{e[k]:.4f}" for k in ("unipc", "searched", "predicted"))
+        errors = (f"{e[k]:.4f}" for k in ("unipc", "searched", "curve", "predicted"))
         rows.append((f"{e['calls']}", f"{e['guidance']:g}", *errors, share))
     page = (
         "# DC-Solver's ratios, predicted, on the mixture\n\n"
-        + table(("calls", "guidance", "UniPC", "searched ratios", "predicted ratios", "of the gain"), rows)
+        + table(
+            ("calls", "guidance", "UniPC", "searched ratios", "searched curve", "predicted curve", "of its gain"), rows
+        )
         + "\nMean RMS error on 16 noises that no search saw; the cascade was fitted at calls "
-        f"{SEARCHED[0]} and guidance {SEARCHED[1]}. A dash: the search gains less than 5 %.\n\n{provenance(about)}"
+        f"{SEARCHED[0]} and guidance {SEARCHED[1]}. A dash: the curve gains less than 5 %.\n\n{provenance(about)}"
     )
     write(options.out, "cascade", {"searched": SEARCHED, "entries": entries, "machine": about}, page)
 
@@ -311,6 +322,11 @@ def _mixture(guidance: float, seeds: range = range(26)) -> learn.Problem:
     schedule = NoiseSchedule.from_config(subject.config)
     model = GaussianMixture.random(8, 64, seed=0).guided(schedule, [0], guidance)
     return learn.solve(lambda x, t, which: model(x, t), schedule, subject.noise[list(seeds)], steps=96)
+
+
+def _before(values: Sequence[float], value: float) -> float:
+    """The one before ``value``; of the first, itself."""
+    return values[max(0, values.index(value) - 1)]
 
 
 def _even(problem: learn.Problem, nfe: int) -> Grid:
@@ -326,9 +342,7 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="learn the plans that are not there yet")
     parser.add_argument("--from", dest="source", help="the embedded model whose plans to start from")
     parser.add_argument("--minutes", type=float, default=15.0, help="a plan, with --ship (%(default)s)")
-    parser.add_argument(
-        "--trajectories", type=int, default=100, help="with --ship; 20 of them held out (%(default)s)"
-    )
+    parser.add_argument("--trajectories", type=int, default=100, help="with --ship; 20 of them held out (%(default)s)")
     parser.add_argument("--methods", action="store_true", help="compare the methods instead")
     parser.add_argument("--seconds", type=float, default=120.0, help="a method, with --methods (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path(".cache/baseline"))

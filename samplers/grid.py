@@ -33,6 +33,27 @@ _OPTIONS = {"karras": ("rho", "low"), "exponential": ("low",), "lu": ("low",), "
 """What can be given to a name: ``karras(rho=5, low=0.1)``."""
 
 
+def parse_grid(name: str) -> tuple[str, dict[str, float]]:
+    """(rule, options) of a grid's name: ``karras(rho=5, low=0.1)`` and the plain ones; a path is its own rule.
+
+    Raises:
+        GridError: unknown name or option, or an option that is no positive number.
+    """
+    if name in NAMES or name.endswith(".json"):
+        return name, {}
+    rule, options = parse_call(name, "grid") if "(" in name else (name, {})
+    if rule not in _OPTIONS:
+        if rule in NAMES:
+            raise GridError(f"the grid {rule} takes no options, got {name!r}")
+        raise GridError(unknown("grid", rule, (*NAMES, "a path ending in .json")))
+    for key, number in options.items():
+        if key not in _OPTIONS[rule]:
+            raise GridError(unknown(f"option of the grid {rule}", key, _OPTIONS[rule]))
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+            raise GridError(f"{key} of the grid {rule} is a positive number, got {number!r}")
+    return rule, options
+
+
 class Point(NamedTuple):
     """One time of a grid."""
 
@@ -358,16 +379,7 @@ class Grid:
             return cls.ays(schedule, n, family=name.partition(":")[2] or "sd", terminal=terminal)  # type: ignore[arg-type]
         if name == "uniform_lambda":
             return cls.uniform_lambda(schedule, n, terminal=terminal)
-        rule, options = parse_call(name, "grid") if "(" in name else (name, {})
-        if rule not in _OPTIONS:
-            if rule in NAMES:
-                raise GridError(f"the grid {rule} takes no options, got {name!r}")
-            raise GridError(unknown("grid", rule, (*NAMES, "a path ending in .json")))
-        for key, number in options.items():
-            if key not in _OPTIONS[rule]:
-                raise GridError(unknown(f"option of the grid {rule}", key, _OPTIONS[rule]))
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
-                raise GridError(f"{key} of the grid {rule} is a positive number, got {number!r}")
+        rule, options = parse_grid(name)
         made: Grid = getattr(cls, rule)(schedule, n, terminal=terminal, **options)
         return replace(made, name=name)
 

@@ -132,6 +132,24 @@ def test_searched_ratios_help_and_the_first_are_left_alone(problems):
     assert mean_error(compensated, problem) < mean_error(plain, problem)
 
 
+def test_ratios_along_a_curve_help_and_are_a_cubic(problems):
+    problem = problems["vp-v"]
+    grid = Grid.uniform_lambda(problem.schedule, 8, terminal="zero")
+    ratios = learn.dc_curve(problem, grid, samples=8)
+    assert ratios[:2] == (1.0, 1.0)
+    inner = np.asarray(ratios[2:])
+    assert ((inner > 0.5) & (inner < 1.5)).all(), "at the bound it would be no cubic"
+    assert np.abs(np.diff(inner, 4)).max() < 1e-12
+    plain, compensated = (DCSolver(UniPC(), r).compile(problem.schedule, grid) for r in (None, ratios))
+    assert mean_error(compensated, problem) < mean_error(plain, problem)
+    again = learn.dc_curve(problem, grid, samples=8, start=ratios, evaluations=1)
+    assert again == pytest.approx(ratios, abs=1e-9)
+    with pytest.raises(FewstepError, match="2 ratios to start from"):
+        learn.dc_curve(problem, grid, start=(1.0, 1.0))
+    with pytest.raises(FewstepError, match="at least 0, got -1"):
+        learn.dc_curve(problem, grid, degree=-1)
+
+
 def test_a_cascade_returns_ratios_that_are_such_a_cascade(tmp_path):
     """A surface inside the model's span is found exactly, also where it was not given."""
 

@@ -96,12 +96,15 @@ def test_an_embedded_model_brings_prompts_and_metrics_and_a_saved_one_comes_from
 def test_grids_are_options_of_ours_and_flags_of_theirs():
     assert with_grid("DPMSolver", "default") == "DPMSolver"
     assert with_grid("DPMSolver(solver_order=3)", "karras") == "DPMSolver(solver_order=3, grid='karras')"
+    assert with_grid("DPMSolver", "karras(low=0.1)") == "DPMSolver(grid='karras(low=0.1)')"
     theirs = with_grid("diffusers:EulerDiscreteScheduler", "karras")
     assert theirs == "diffusers:EulerDiscreteScheduler(use_karras_sigmas=True)"
     for spec, grid, said in (
         ("DPMSolver(grid='ays')", "karras", "chooses grid itself"),
         ("diffusers:DDIMScheduler", "karras", "leave the pair out with an exclude rule"),
         ("diffusers:DDIMScheduler", "ays", "grid of diffusers schedulers 'ays'"),
+        ("diffusers:EulerDiscreteScheduler", "karras(rho=5)", "grid of diffusers schedulers"),
+        ("DPMSolver", "karras(roh=5)", "option of the grid karras 'roh'"),
     ):
         with pytest.raises(ValueError, match=said):
             with_grid(spec, grid)

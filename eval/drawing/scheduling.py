@@ -37,7 +37,7 @@ def canonical(spec: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def with_grid(spec: str, grid: str) -> str:
-    """The spec of a scheduler on a named grid; ``default`` leaves it as it is.
+    """The spec of a scheduler on a named grid, ``karras`` or ``karras(low=0.1)``; ``default`` leaves it as it is.
 
     Raises:
         FewstepError: where the spec chooses a grid itself, or diffusers' scheduler has nothing that is this grid.
@@ -45,10 +45,12 @@ def with_grid(spec: str, grid: str) -> str:
     if grid == DEFAULT_GRID:
         return spec
     from fewstep.samplers import parse_spec
-    from fewstep.samplers.grid import NAMES
+    from fewstep.samplers.grid import NAMES, parse_grid
 
     parsed = parse_spec(spec)
-    if grid not in NAMES and grid not in _DIFFUSERS and not grid.endswith(".json"):
+    if "(" in grid:
+        parse_grid(grid)
+    elif grid not in NAMES and grid not in _DIFFUSERS and not grid.endswith(".json"):
         raise FewstepError(unknown("grid", grid, (DEFAULT_GRID, *NAMES, "a path that ends in .json")))
     options = {"grid": grid}
     if parsed.library == "diffusers":

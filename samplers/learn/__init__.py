@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fewstep.samplers.learn.fitting.runner import error as error
     from fewstep.samplers.learn.fitting.runner import run as run
     from fewstep.samplers.learn.methods.amed import amed as amed
-    from fewstep.samplers.learn.methods.dc import Cascade as Cascade
+    from fewstep.samplers.learn.methods.cascade import Cascade as Cascade
+    from fewstep.samplers.learn.methods.dc import dc_curve as dc_curve
     from fewstep.samplers.learn.methods.dc import dc_search as dc_search
     from fewstep.samplers.learn.methods.dynamic import ays as ays
     from fewstep.samplers.learn.methods.dynamic import boss as boss
@@ -59,7 +60,8 @@ _MODULES = {
     "fitting.rows": ("least_squares",),
     "fitting.runner": ("error", "run"),
     "methods.amed": ("amed",),
-    "methods.dc": ("Cascade", "dc_search"),
+    "methods.cascade": ("Cascade",),
+    "methods.dc": ("dc_curve", "dc_search"),
     "methods.dynamic": ("ays", "boss", "gits"),
     "methods.evolution": ("Evolution", "autodiffusion", "s3"),
     "methods.gradient": ("bespoke", "bns", "ld3", "neural_solver", "s4s", "time_tuner"),

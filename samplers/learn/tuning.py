@@ -45,9 +45,9 @@ class Progress:
 
 Report = Callable[[Progress], None]
 STAGES: tuple[tuple[str, tuple[Part, ...], int, int], ...] = (
-    ("grid", ("grid", "times"), 16, 2),
-    ("coefficients", ("grid", "times", "mix"), 32, 3),
-    ("free rows", ("grid", "times", "mix", "scale"), 64, 3),
+    ("grid", ("grid", "times"), 32, 4),
+    ("coefficients", ("grid", "times", "mix"), 80, 8),
+    ("free rows", ("grid", "times", "mix", "scale"), 80, 12),
 )
 """(name, what is free, trajectories, sets of differences) of the stages; each goes on from the best plan so far."""
 

@@ -1,22 +1,19 @@
-"""DC-Solver's compensation ratios: searched on a few trajectories, and predicted for calls and guidance that were not."""
+"""DC-Solver's compensation ratios, searched on a few trajectories: each by itself, or along a curve."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
-from fewstep.artifact import read_json, write_json
 from fewstep.errors import FewstepError
 from fewstep.samplers.grid import Grid
-from fewstep.samplers.learn.fitting.runner import Trace, rms, run
+from fewstep.samplers.learn.fitting.runner import Trace, error, rms, run
 from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.solver import Multistep
 from fewstep.samplers.solvers.dc_solver import DCSolver
@@ -27,6 +24,9 @@ BOUND = 0.5
 SHRINK = 0.03
 """What a ratio at the bound has to gain, as a share of the error: where little depends on it, it stays near 1, and ratios of
 neighbouring settings are alike, without which nothing could be predicted from them."""
+
+STRAIGHT = 0.3
+"""The same of a curve: log(error) that all its ratios at the bound have to gain."""
 
 
 def dc_search(
@@ -73,86 +73,60 @@ def dc_search(
     return tuple(ratios)
 
 
-@dataclass(frozen=True)
-class Cascade:
-    """Ratios as a cubic in i / N, whose coefficients are quadratics in guidance, theirs quadratics in N.
+def dc_curve(
+    problem: Problem,
+    grid: Grid,
+    *,
+    base: Multistep | None = None,
+    samples: int = 10,
+    degree: int = 3,
+    start: Sequence[float] | None = None,
+    evaluations: int = 80,
+) -> tuple[float, ...]:
+    """Ratios r_i = 1 + p(i / N), p the polynomial of this degree for which the samples end nearest to the teacher's.
 
-    Degrees are lower where fewer values were searched. Cubics of ratios are meaningless outside the searched box, so
-    nothing is predicted there.
+    Few numbers, judged by the end alone: less free than :func:`dc_search`, so ratios of many steps fit their ten
+    trajectories less and others more; and neighbouring settings have neighbouring curves, which is what
+    :class:`Cascade` needs. By Nelder and Mead's method on log(error).
 
-    Source: DC-Solver, 2409.03755, section 3.3 (cascade polynomial regression).
+    Args:
+        start: ratios of a neighbouring setting, of any number of calls, to begin near; 1 if left out. The error has several
+            minima, and those found from one another belong together.
+
+    Raises:
+        FewstepError: a degree below 0, or ratios to start from that are fewer than three.
+
+    Source: after DC-Solver, 2409.03755, sections 3.2 and 3.3 (ratios are predicted by cubics there, and searched freely).
     """
+    if degree < 0:
+        raise FewstepError(f"the degree of the curve of ratios is at least 0, got {degree}")
+    base = base or UniPC()
+    some, n = problem.take(slice(0, samples)), grid.steps
+    first = DCSolver(base, (1.0,) * n).compensation_order
 
-    coefficients: tuple[tuple[tuple[float, ...], ...], ...]
-    """[power of N / 50][power of guidance / 12][power of i / N]"""
-    nfe: tuple[int, int]
-    guidance: tuple[float, float]
-    first: int = 2
-    """Steps before this one are never compensated."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    def miss(coefficients: npt.NDArray[np.float64]) -> float:
+        ratios = _along(coefficients, n, first)
+        found = float(error(DCSolver(base, ratios).compile(problem.schedule, grid), some).mean())
+        far = np.mean((np.asarray(ratios) - 1) ** 2) / BOUND**2
+        return math.log(found) + STRAIGHT * float(far) if 0 < found < math.inf else math.inf
 
-    @staticmethod
-    def fit(table: Mapping[tuple[int, float], Sequence[float]], *, first: int = 2) -> Cascade:
-        """The least-squares fit to searched ratios, by (number of calls, guidance).
-
-        Raises:
-            FewstepError: an empty table, or ratios that are not as many as the calls.
-        """
-        rows: list[npt.NDArray[np.float64]] = []
-        right: list[float] = []
-        for (n, _), ratios in table.items():
-            if len(ratios) != n:
-                raise FewstepError(f"{len(ratios)} ratios are given for {n} calls; one a call is needed")
-        calls, scales = sorted({n for n, _ in table}), sorted({g for _, g in table})
-        inner = max((n - first for n in calls), default=0)
-        if inner < 1:
-            raise FewstepError(f"no step is compensated in {calls} calls; search ratios of more than {first} calls")
-        degrees = (min(2, len(calls) - 1), min(2, len(scales) - 1), min(3, inner - 1))
-        for (n, g), ratios in table.items():
-            for i in range(first, n):
-                rows.append(_features(n, g, i, degrees))
-                right.append(ratios[i] - 1)
-        solved = np.linalg.lstsq(np.stack(rows), np.asarray(right), rcond=1e-10)[0]
-        shape = tuple(d + 1 for d in degrees)
-        nested = tuple(tuple(tuple(float(c) for c in line) for line in plane) for plane in solved.reshape(shape))
-        return Cascade(nested, (calls[0], calls[-1]), (scales[0], scales[-1]), first)
-
-    def predict(self, nfe: int, guidance: float) -> tuple[float, ...]:
-        """Ratios for so many calls at this guidance.
-
-        Raises:
-            FewstepError: outside the box that was searched.
-        """
-        inside = self.nfe[0] <= nfe <= self.nfe[1] and self.guidance[0] <= guidance <= self.guidance[1]
-        if not inside:
-            raise FewstepError(
-                f"ratios were searched for {self.nfe[0]} to {self.nfe[1]} calls and guidance {self.guidance[0]:g} to "
-                f"{self.guidance[1]:g}; {nfe} calls at guidance {guidance:g} lie outside, and cubics do not extrapolate"
-            )
-        flat = np.asarray(self.coefficients)
-        degrees = (flat.shape[0] - 1, flat.shape[1] - 1, flat.shape[2] - 1)
-        found = [1.0 + float(_features(nfe, guidance, i, degrees) @ flat.reshape(-1)) for i in range(self.first, nfe)]
-        bounded = [min(max(r, 1 - BOUND), 1 + BOUND) for r in found]
-        return (*[1.0] * min(self.first, nfe), *bounded)
-
-    def save(self, path: str | Path) -> None:
-        """Write the coefficients as JSON."""
-        body = {
-            "coefficients": self.coefficients, "nfe": self.nfe, "guidance": self.guidance, "first": self.first,
-            "provenance": dict(self.provenance),
-        }  # fmt: skip
-        write_json(path, "CompensationCascade", body)
-
-    @staticmethod
-    def load(path: str | Path) -> Cascade:
-        """Read what :meth:`save` wrote; raises :class:`~fewstep.errors.ArtifactError` for anything else."""
-        body = read_json(path, "CompensationCascade", ("coefficients", "nfe", "guidance", "first", "provenance"))
-        nested = tuple(tuple(tuple(line) for line in plane) for plane in body["coefficients"])
-        (low, high), (weak, strong) = body["nfe"], body["guidance"]
-        return Cascade(nested, (low, high), (weak, strong), int(body["first"]), body["provenance"])
+    begin = np.zeros(degree + 1) if start is None else _curve_of(start, degree, first)
+    simplex = np.vstack([begin, begin + 0.1 * np.eye(degree + 1)])
+    options = {"maxfev": evaluations, "initial_simplex": simplex}
+    return _along(minimize(miss, begin, method="Nelder-Mead", options=options).x, n, first)
 
 
-def _features(n: int, guidance: float, i: int, degrees: tuple[int, int, int]) -> npt.NDArray[np.float64]:
-    values = (n / 50, guidance / 12, i / n)
-    powers = itertools.product(*(range(d + 1) for d in degrees))
-    return np.asarray([values[0] ** a * values[1] ** b * values[2] ** c for a, b, c in powers])
+def _along(coefficients: npt.NDArray[np.float64], n: int, first: int) -> tuple[float, ...]:
+    place = np.arange(n) / n
+    curve = 1 + np.polynomial.polynomial.polyval(place, coefficients)
+    curve[:first] = 1
+    return tuple(np.clip(curve, 1 - BOUND, 1 + BOUND).tolist())
+
+
+def _curve_of(ratios: Sequence[float], degree: int, first: int) -> npt.NDArray[np.float64]:
+    inner = len(ratios) - first
+    if inner < 1:
+        raise FewstepError(f"{len(ratios)} ratios to start from hold no compensated step; give more than {first}")
+    place = np.arange(first, len(ratios)) / len(ratios)
+    found = np.polynomial.polynomial.polyfit(place, np.asarray(ratios[first:]) - 1, min(degree, inner - 1))
+    return np.pad(found, (0, degree + 1 - len(found)))
