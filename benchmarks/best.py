@@ -255,7 +255,8 @@ def fids(subject: Subject, entry: dict[str, Any], images: int, work: Path) -> di
         else:
             scheduler = prepared(spec, subject, steps, Effort(**entry["effort"]).which)
             if isinstance(scheduler, PlanScheduler):
-                scheduler.plan_file.save(work / f"{name}.json")
+                (plan,) = scheduler.plans.values()
+                plan.save(work / f"{name}.json")
                 spec = f"PlanScheduler(plan={str(work / f'{name}.json')!r})"
         found[side] = float(quality(subject, spec, steps, images, work / name).value("fid"))
     return found

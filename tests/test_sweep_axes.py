@@ -15,6 +15,7 @@ from fewstep.eval.fingerprint import tensor_bytes
 from fewstep.eval.reports.decisions import Decisions
 from fewstep.eval.sweeps.store import opened, read_samples
 from fewstep.eval.sweeps.transforms import Transform, make_transform
+from fewstep.samplers import DPMSolver, Grid, NoiseSchedule
 from tests.eval_fixtures import (
     PROMPTS,
     random_images,
@@ -108,6 +109,21 @@ def test_grids_are_options_of_ours_and_flags_of_theirs():
     ):
         with pytest.raises(ValueError, match=said):
             with_grid(spec, grid)
+
+
+def test_saved_plans_get_the_steps_that_they_are_of(tmp_path):
+    schedule = NoiseSchedule.from_config(tiny_pipeline().scheduler.config)
+    for n in (2, 4):
+        DPMSolver(order=2).compile(schedule, Grid.uniform_t(schedule, n)).save(tmp_path / f"mine-{n}.json")
+    spec = f"Plan(plan={str(tmp_path / 'mine-{nfe}.json')!r})"
+    sweep = tiny_sweep(schedulers=("DDIM", spec), steps=(2, 3, 4))
+    assert [(cell.scheduler[:4], cell.steps) for cell in sweep.cells] == [
+        ("DDIM", 2), ("DDIM", 3), ("DDIM", 4), ("Plan", 2), ("Plan", 4),
+    ]  # fmt: skip
+    rows = tiny_sweep(schedulers=(spec,), steps=(2, 3), metrics=()).run(tmp_path / "out", progress=False).rows
+    assert [(row.steps, row.nfe_per_image) for row in rows] == [(2, 4)]
+    with pytest.raises(ValueError, match=r"has plans of 2, 4 steps, none of which is asked for: \[3\]"):
+        tiny_sweep(schedulers=(spec,), steps=(3,))
 
 
 def test_grids_and_guidance_make_cells_of_their_own(tmp_path, pipe):

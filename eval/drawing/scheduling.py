@@ -69,6 +69,21 @@ def with_grid(spec: str, grid: str) -> str:
         ) from error
 
 
+@lru_cache(maxsize=4096)
+def step_counts(spec: str) -> tuple[int, ...] | None:
+    """The numbers of steps that a scheduler of saved plans can make; None where any will do.
+
+    Raises:
+        FewstepError: for plans that are missing or cannot be read.
+    """
+    from fewstep.samplers import parse_spec
+    from fewstep.samplers.schedulers.plan import read_plans
+
+    parsed = parse_spec(spec)
+    source = dict(parsed.options).get("plan") if parsed.name == "PlanScheduler" else None
+    return None if source is None else tuple(read_plans(source))
+
+
 def scheduler_for(spec: str, config: Any) -> Any:
     """The scheduler of ``spec`` for the model whose own scheduler has ``config``.
 

@@ -13,7 +13,7 @@ from fewstep.errors import FewstepError
 from fewstep.eval import fingerprint
 from fewstep.eval.checks import at_least, distinct, guidance_scale
 from fewstep.eval.devices import usable
-from fewstep.eval.drawing.scheduling import DEFAULT_GRID, canonical, with_grid
+from fewstep.eval.drawing.scheduling import DEFAULT_GRID, canonical, step_counts, with_grid
 from fewstep.eval.metrics import Metric
 from fewstep.eval.sweeps.cell import Cell
 from fewstep.eval.sweeps.exclusion import Rule, excluded, make_rule
@@ -40,7 +40,8 @@ class Sweep:
             or pipelines by name.
         schedulers: specs as :func:`fewstep.samplers.make_scheduler` reads them, such as ``"DPMSolver(solver_order=3)"``
             or ``"diffusers:UniPCMultistepScheduler"``.
-        steps: numbers of steps. What a step costs is counted, not assumed.
+        steps: numbers of steps. What a step costs is counted, not assumed. A scheduler of saved plans
+            (``"Plan(plan='fashion-sd')"``) gets those of them that it has a plan for.
         grids: names of grids, or paths of saved ones; ``"default"`` is each scheduler's own.
         guidance: classifier-free guidance scale, or several; at most 1 is without. A model that knows none has the
             value 1 alone.
@@ -170,15 +171,21 @@ class Sweep:
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """All cells that are not excluded, model by model, scheduler by scheduler; a reference before those it is of."""
+        """All cells that are not excluded, model by model, scheduler by scheduler; a reference before those it is of.
+
+        Raises:
+            FewstepError: an exclude rule that cannot be or that leaves nothing, or saved plans of none of the steps asked for.
+        """
         values = self.axes
         rules = self._rules(values)
+        possible = {spec: self._possible(spec) for spec in self.schedulers}
         cells = []
         for source in self.sources:
             scales = values["guidance"] if source.guided else (1.0,)
             others = [values[axis] for axis in ("scheduler", "grid", "steps")]
             rest = [values[axis] for axis in ("cache", "quant", "seed")]
             cells += [Cell(source.name, *asked) for asked in itertools.product(*others, scales, *rest)]
+        cells = [cell for cell in cells if cell.steps in possible[cell.scheduler]]
         kept = tuple(cell for cell in cells if not excluded(cell, rules))
         if not kept:
             raise FewstepError(f"exclude leaves none of {len(cells)} cells; give rules that leave some")
@@ -249,6 +256,16 @@ class Sweep:
         from fewstep.eval.sweeps.estimate import estimate
 
         return estimate(self, None if out is None else Path(out))
+
+    def _possible(self, scheduler: str) -> set[int]:
+        counts = step_counts(scheduler)
+        found = set(self.steps) if counts is None else set(self.steps) & set(counts)
+        if not found:
+            there = ", ".join(map(str, counts or ()))
+            raise FewstepError(
+                f"{scheduler} has plans of {there} steps, none of which is asked for: {list(self.steps)}"
+            )
+        return found
 
     def _rules(self, values: Mapping[str, Sequence[Any]]) -> list[Rule]:
         if isinstance(self.exclude, str | Mapping) or not isinstance(self.exclude, Sequence):
