@@ -1,6 +1,6 @@
 """int8 on the CPU against float32, end to end: DiT-XL/2 and a UNet of Stable Diffusion 1.5's size, random weights.
 
-    python benchmarks/quant_cpu.py [--models dit unet] [--repeats 5] [--threads 1] [--peers]
+    python benchmarks/quant_cpu.py [--models dit unet] [--repeats 5] [--threads 1] [--peers] [--arms NAME ...]
 
 Times are of one network call; the arms take turns, and a ratio is the median of the ratios of neighbouring calls, so that a
 load that comes and goes meets all of them. The error is ||y_q - y|| / ||y|| of the network's output. With random weights a
@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,33 +64,91 @@ def unet() -> Network:
     return model.eval(), call, "UNet of SD 1.5, 64 x 64 latent"
 
 
+def small_unet() -> Network:
+    """A UNet of Stable Diffusion 1.5's structure with 96 to 384 channels, 32 x 32 latent: to try things out."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=32, cross_attention_dim=256, attention_head_dim=8, block_out_channels=(96, 192, 384, 384)
+    )
+    call = Call((), {"sample": torch.randn(1, 4, 32, 32), "timestep": torch.tensor(500),
+                     "encoder_hidden_states": torch.randn(1, 77, 256)})  # fmt: skip
+    return model.eval(), call, "small UNet, 32 x 32 latent"
+
+
+def small_dit() -> Network:
+    """Two blocks of DiT's structure of width 384, 64 tokens: to try things out."""
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, num_layers=2, sample_size=16, out_channels=8
+    )
+    call = Call((), {"hidden_states": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([500]),
+                     "class_labels": torch.tensor([1])})  # fmt: skip
+    return model.eval(), call, "small DiT, 64 tokens"
+
+
 MODELS: dict[str, Callable[[], Network]] = {"dit": dit, "dit-long": dit_long, "unet": unet}
+SMALL: dict[str, Callable[[], Network]] = {"small-unet": small_unet, "small-dit": small_dit}
+
+Arm = Callable[[nn.Module, Call], None]
 
 
-def torchao_int8(model: nn.Module) -> None:
-    """torchao's dynamic int8, linear layers only: it has no convolution on the CPU."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # pyright: ignore[reportMissingImports]
+def torchao(config: str) -> Arm:
+    """torchao on the linear layers that ``Int8`` takes: it has no convolution on the CPU."""
 
-    chosen = set(quant.Int8().plan(model).layers)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(), lambda m, name: type(m) is nn.Linear and name in chosen)
+    def apply(model: nn.Module, call: Call) -> None:
+        import torchao.quantization as ao  # pyright: ignore[reportMissingImports]
 
-
-def bfloat16(model: nn.Module) -> None:
-    model.to(torch.bfloat16)
-
-
-def ours(config: quant.Int8) -> Callable[[nn.Module], None]:
-    def apply(model: nn.Module) -> None:
-        quant.quantize_(model, config, keep_originals=False)
+        chosen = set(quant.Int8().plan(model).layers)
+        ao.quantize_(model, getattr(ao, config)(), lambda m, name: type(m) is nn.Linear and name in chosen)
 
     return apply
 
 
-ARMS: dict[str, Callable[[nn.Module], None]] = {
-    "fewstep int8": ours(quant.Int8(weight="int8:row")),
-    "fewstep int8, 7-bit weights": ours(quant.Int8(weight="int7:row")),
+def sdnq(**options: Any) -> Arm:
+    """SDNQ with its own choice of layers, convolutions too."""
+
+    def apply(model: nn.Module, call: Call) -> None:
+        from sdnq import sdnq_post_load_quant  # pyright: ignore[reportMissingImports]
+
+        sdnq_post_load_quant(model, weights_dtype="int8", quant_conv=True, torch_dtype=torch.float32, **options)
+
+    return apply
+
+
+def bfloat16(model: nn.Module, call: Call) -> None:
+    model.to(torch.bfloat16)
+
+
+def ours(**options: Any) -> Arm:
+    def apply(model: nn.Module, call: Call) -> None:
+        report = quant.quantize_(
+            model, quant.Int8(**options), [call] if "error" in options else None, keep_originals=False
+        )
+        share = report.plan.provenance.get("float_multiplications")
+        if share is not None:
+            print(
+                f"{share:.1%} of the multiplications stay in float32, calibrated in {report.seconds:.0f} s", flush=True
+            )
+
+    return apply
+
+
+ARMS: dict[str, Arm] = {
+    "fewstep int8": ours(weight="int8:row"),
+    "fewstep int8, 7-bit weights": ours(weight="int7:row"),
+    "fewstep int8, error within 1 %": ours(error=0.01),
 }
-PEERS: dict[str, Callable[[nn.Module], None]] = {"bfloat16": bfloat16, "torchao int8 dynamic": torchao_int8}
+PEERS: dict[str, Arm] = {
+    "bfloat16": bfloat16,
+    "torchao int8 dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao int8 weights": torchao("Int8WeightOnlyConfig"),
+    "SDNQ int8 products": sdnq(use_quantized_matmul=True, use_quantized_matmul_conv=True),
+    "SDNQ int8 weights": sdnq(),
+}
 
 
 def timed(model: nn.Module, call: Call) -> tuple[float, Tensor]:
@@ -103,27 +161,17 @@ def timed(model: nn.Module, call: Call) -> tuple[float, Tensor]:
         return time.perf_counter() - start, out.float()
 
 
-def measure(
-    make: Callable[[], Network], arms: dict[str, Callable[[nn.Module], None]], repeats: int
-) -> list[dict[str, Any]]:
+def measure(make: Callable[[], Network], arms: dict[str, Arm], repeats: int) -> Iterator[dict[str, Any]]:
     """Each arm against float32 in turns. One arm at a time: three networks of this size need not fit at once."""
     reference, call, title = make()
-    about = make.__doc__
-    rows: list[dict[str, Any]] = []
     for name, apply in arms.items():
+        row: dict[str, Any] = {"model": title, "about": make.__doc__, "arm": name}
         model = make()[0]
         try:
-            apply(model)
+            apply(model, call)
             _, got = timed(model, call)
         except Exception as error:
-            rows.append(
-                {
-                    "model": title,
-                    "about": about,
-                    "arm": name,
-                    "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}",
-                }
-            )
+            yield {**row, "failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
             continue
         _, want = timed(reference, call)
         base, fast = [], []
@@ -133,14 +181,12 @@ def measure(
             if fast[-1] > 60:
                 break  # slower than anybody would wait for; one pair says it
         ratios = sorted(b / f for b, f in zip(base, fast, strict=True))
-        rows.append({
-            "model": title, "about": about, "arm": name, "float32_s": statistics.median(base), "arm_s": statistics.median(fast),
+        yield {
+            **row, "float32_s": statistics.median(base), "arm_s": statistics.median(fast),
             "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1], "pairs": len(ratios),
             "error": float((got - want).norm() / want.norm()),
-        })  # fmt: skip
-        print(rows[-1], flush=True)
+        }  # fmt: skip
         del model
-    return rows
 
 
 def page(rows: list[dict[str, Any]], about: dict[str, Any], threads: int) -> str:
@@ -167,10 +213,11 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any], threads: int) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *SMALL], default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peers", action="store_true", help="also bfloat16 and torchao's dynamic int8")
+    parser.add_argument("--peers", action="store_true", help="also bfloat16, torchao and SDNQ")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *PEERS], help="these only")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -178,16 +225,18 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     kept = options.out / "quant_cpu.json"
     if kept.exists() and (before := json.loads(kept.read_text()))["threads"] == options.threads:
-        titles = {MODELS[name].__doc__ for name in options.models}
-        rows = [row for row in before["rows"] if row["about"] not in titles]  # what is measured again is replaced
+        rows = before["rows"]
+    arms = ARMS | (PEERS if options.peers else {})
+    if options.arms:
+        arms = {name: (ARMS | PEERS)[name] for name in options.arms}
     for name in options.models:
-        rows += measure(MODELS[name], ARMS | (PEERS if options.peers else {}), options.repeats)
-        write(
-            options.out,
-            "quant_cpu",
-            {**about, "threads": options.threads, "rows": rows},
-            page(rows, about, options.threads),
-        )
+        for row in measure((MODELS | SMALL)[name], arms, options.repeats):
+            print(row, flush=True)
+            same = [r for r in rows if (r["about"], r["arm"]) == (row["about"], row["arm"])]
+            rows = [r for r in rows if r not in same] + [row]  # what is measured again is replaced
+            rows.sort(key=lambda r: r["model"])
+            found = {**about, "threads": options.threads, "rows": rows}
+            write(options.out, "quant_cpu", found, page(rows, about, options.threads))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from fewstep.pipelines.parallel import generate_parallel as generate_parallel
     from fewstep.pipelines.parallel import guided_denoiser as guided_denoiser
     from fewstep.pipelines.parallel_decode import generate_propagated as generate_propagated
+    from fewstep.pipelines.recipes.applying import Applied as Applied
+    from fewstep.pipelines.recipes.applying import applied as applied
+    from fewstep.pipelines.recipes.applying import apply_ as apply_
+    from fewstep.pipelines.recipes.applying import remove_ as remove_
+    from fewstep.pipelines.recipes.recipe import Recipe as Recipe
+    from fewstep.pipelines.recipes.tuning import tune as tune
     from fewstep.pipelines.staged import Stage as Stage
     from fewstep.pipelines.staged import bottleneck as bottleneck
     from fewstep.pipelines.stitch import StitchedDenoiser as StitchedDenoiser
@@ -28,6 +34,9 @@ _MODULES = {
     "leap": ("Leap",),
     "parallel": ("ParallelImages", "generate_parallel", "guided_denoiser"),
     "parallel_decode": ("generate_propagated",),
+    "recipes.applying": ("Applied", "applied", "apply_", "remove_"),
+    "recipes.recipe": ("Recipe",),
+    "recipes.tuning": ("tune",),
     "staged": ("Stage", "bottleneck"),
     "stitch": ("StitchedDenoiser",),
     "zoo": ("Model", "load", "models"),
@@ -35,8 +44,8 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Leap", "Model", "ParallelImages", "Stage", "StitchedDenoiser", "bottleneck", "edit", "generate_parallel",
-    "generate_propagated", "guided_denoiser", "load", "models",
+    "Applied", "Leap", "Model", "ParallelImages", "Recipe", "Stage", "StitchedDenoiser", "applied", "apply_", "bottleneck",
+    "edit", "generate_parallel", "generate_propagated", "guided_denoiser", "load", "models", "remove_", "tune",
 ]  # fmt: skip
 
 

@@ -14,18 +14,33 @@ def tune(
     sampler: Annotated[
         bool, typer.Option("--sampler", help="Learn a sampler: a plan of few calls for this model.")
     ] = False,
+    recipe: Annotated[
+        bool,
+        typer.Option(
+            "--recipe", help="Search sampler, cache and quantisation together, for a --quality or a --budget."
+        ),
+    ] = False,
     model: Annotated[
         str,
         typer.Option("--model", "-m", help="An embedded model (`fewstep models`), or the folder of a saved pipeline."),
     ] = "fashion-sd",
-    nfe: Annotated[int, typer.Option(help="Network calls an image.")] = 5,
+    nfe: Annotated[int, typer.Option(help="Network calls an image, with --sampler.")] = 5,
+    quality: Annotated[
+        float | None, typer.Option(help="With --recipe: the largest RMS error of the latents; least work is sought.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="With --recipe: the most work, in calls of the network; least error is sought.")
+    ] = None,
     guidance: Annotated[
         list[float] | None,
         typer.Option("--guidance", "-g", help="Guidance to learn for; repeat it for a plan that serves several.  [4]"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plan's JSON file; its arrays lie beside it.")] = Path(
-        "plan.json"
-    ),
+    calls: Annotated[
+        str, typer.Option(help="With --recipe: numbers of network calls to learn samplers for, comma-separated.")
+    ] = "4,6,8,12,16",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The plan's or recipe's JSON file; arrays lie beside it.")
+    ] = Path("plan.json"),
     plot: Annotated[Path | None, typer.Option(help="A PNG of the loss and the learned grid.  [OUT with .png]")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file, a prompt a line; the embedded model's own if left out.")
@@ -38,9 +53,11 @@ def tune(
     ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Learn a sampler for a model: fewer calls for the same pictures, in minutes."""
-    if not sampler:
-        raise ValueError("tune needs to be told what: give --sampler")
+    """Learn a sampler for a model: fewer calls for the same pictures, in minutes. Or a whole recipe."""
+    if sampler == recipe:
+        raise ValueError("tune needs to be told what: give --sampler or --recipe")
+    if recipe == (quality is None and budget is None) or (quality is not None and budget is not None):
+        raise ValueError("--recipe takes --quality or --budget, one of the two, and --sampler neither")
     if out.suffix != ".json":
         raise ValueError(f"out is {str(out)!r}; give a file that ends in .json")
     if not minutes > 0:
@@ -62,6 +79,9 @@ def tune(
     if given is None:
         words = words[-trajectories:]  # its evaluations begin with the first ones
     pipe = source.load(device)
+    if recipe:
+        _recipe(pipe, words, quality, budget, guidance, minutes, trajectories, teacher_steps, calls, work, out, plot)
+        return
     scales = guidance or [4.0 if source.guided else 1.0]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
@@ -82,6 +102,30 @@ def tune(
         f"{out}: {plan.nfe} calls, held-out RMS error {number(told['error_before'])} -> {number(told['error_after'])} "
         f"({told['started_from']} -> {told['stage']}), {duration(told['seconds'])}"
     )
+
+
+def _recipe(
+    pipe: Any, words: list[str], quality: float | None, budget: float | None, guidance: list[float] | None, minutes: float,
+    trajectories: int, steps: int, calls: str, work: Path | None, out: Path, plot: Path | None,
+) -> None:  # fmt: skip
+    from rich.console import Console
+
+    from fewstep import pipelines
+    from fewstep.errors import FewstepError
+    from fewstep.eval.sweeps.specs import whole_numbers
+
+    if guidance is not None and len(guidance) > 1:
+        raise FewstepError(f"a recipe is for one guidance scale, got {guidance}")
+    with Console(stderr=True).status("tuning") as status:
+        found = pipelines.tune(
+            pipe, words, quality=quality, budget=budget, calls=whole_numbers(calls, "calls"),
+            guidance=guidance[0] if guidance else None, minutes=minutes, trajectories=trajectories, reference=steps,
+            folder=work, tell=status.update,
+        )  # fmt: skip
+    found.save(out)
+    found.plot().savefig(plot or out.with_suffix(".png"), dpi=150)
+    told = found.provenance
+    say(f"{out}: {found}; held-out RMS error {number(told['error'])}, the work of {number(told['work'])} calls")
 
 
 FIRST = 1_000_000

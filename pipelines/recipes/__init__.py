@@ -1,0 +1,1 @@
+"""Recipes: a sampler, a cache and a quantisation decided together for one model."""
