@@ -41,7 +41,7 @@ PUBLIC = {
     ),
     "pipelines": (
         "load models edit generate_parallel guided_denoiser ParallelImages generate_propagated StitchedDenoiser Leap "
-        "bottleneck Stage"
+        "bottleneck Stage Recipe apply_ applied remove_ tune"
     ),
     "eval": (
         "fid clip_score cost Sweep report Moments Score fidelity Fidelity compare seed_blocks capture_latents "
