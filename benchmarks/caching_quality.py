@@ -1,14 +1,16 @@
 """What caches cost in quality: every method here and its peers on the same model, scheduler, prompts and seeds.
 
     python benchmarks/caching_quality.py [--model NAME ...] [--steps 20] [--seeds 16] [--only WORD ...] [--fid 1000]
-    python benchmarks/caching_quality.py --calibrate 0.5 [--model NAME ...] [--steps 20] [--at SITE ...]
+    python benchmarks/caching_quality.py --calibrate 0.5 [--fit dp router erta] [--model NAME ...] [--steps 20] [--at SITE ...]
 
 An arm draws the images of --seeds seeds with DPM-Solver++ 2M and guidance 2 (none for the pixel model). Its MACs are those of
 the network calls that really ran; its error is the RMS difference of the final latents to those of the same seeds without a
 cache, mean and worst; PSNR is of the images. Nothing was fitted to these prompts and seeds. With --fid the main contenders
 draw that many images more.
 
-Plans are calibrated apart and kept beside the results; every plan file there is an arm. Each arm's numbers and each chunk of
+Plans are calibrated apart and kept beside the results; every plan file there is an arm. --fit says which: `dp` is DPCache's
+search, NAME-STEPS-50.json; `router` gates of attention and feed-forwards, trained as HarmoniCa's, NAME-STEPS-router.json for half
+of the MACs; `l2c` such as Learning-to-Cache's; `ertacache` for flow models. A plan with a grid of its own is drawn on it. Each arm's numbers and each chunk of
 images are kept in --work, so that a killed run goes on, and a new method is one more arm. Peers that are not installed, or
 fail, are named with the reason.
 """
@@ -35,6 +37,7 @@ from torch import Tensor
 from fewstep import caching, pipelines, samplers
 from fewstep import eval as evaluation
 from fewstep.artifact import write_bytes
+from fewstep.errors import FewstepError
 from fewstep.eval.drawing.batch import draw
 from fewstep.eval.pairs.latents import capture_latents, latent_rmse
 from fewstep.eval.pairs.pixels import psnr
@@ -213,17 +216,38 @@ def contenders(entries: Sequence[dict[str, Any]]) -> list[str]:
     return chosen
 
 
-def calibrate(subject: Subject, budget: float, at: Sequence[str], samples: int, batch: int, refine: int) -> None:
-    """Make the plan file of a budget, unless there is one."""
-    path = PLANS / f"{subject.name}-{subject.steps}-{round(100 * budget)}.json"
+def fits(budget: float, at: Sequence[str], refine: int) -> dict[str, Any]:
+    """What can be calibrated, by name."""
+    sites = tuple(at) or None
+    return {
+        "dp": caching.DPCache(budget=budget, at=sites, refine=refine),
+        "router": caching.Router(budget=budget, at=sites),
+        "l2c": caching.Router(budget=budget, scheme="l2c", at=sites),
+        "ertacache": caching.ERTACache(budget=budget),
+    }
+
+
+def plan_path(subject: Subject, kind: str, budget: float) -> Path:
+    """Where a plan is kept: its word is the share of the MACs, in per cent, and the kind where it is another than the search."""
+    share = f"{round(100 * budget)}"
+    word = share if kind == "dp" else kind if share == "50" else f"{kind}{share}"
+    return PLANS / f"{subject.name}-{subject.steps}-{word}.json"
+
+
+def calibrate(subject: Subject, kind: str, method: Any, samples: int, batch: int) -> None:
+    """Make the plan file of a method, unless there is one."""
+    path = plan_path(subject, kind, method.budget)
     if path.exists():
         return
     begin = time.process_time()
-    method = caching.DPCache(budget=budget, at=tuple(at) or None, refine=refine)
-    plan = caching.calibrate(
-        subject.pipe, method, subject.prompts[:UNUSED], num_inference_steps=subject.steps, guidance_scale=subject.guidance,
-        samples=samples, held_out=8, batch=batch, progress=False,
-    )  # fmt: skip
+    try:
+        plan = caching.calibrate(
+            subject.pipe, method, subject.prompts[:UNUSED], num_inference_steps=subject.steps, guidance_scale=subject.guidance,
+            samples=samples, held_out=8, batch=batch, progress=False,
+        )  # fmt: skip
+    except FewstepError as error:  # a flow's method on another model, a budget that cannot be kept
+        print(f"{path.stem}: {error}", flush=True)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     plan.save(path)
     print(plan, f"{time.process_time() - begin:.0f} s of CPU time", flush=True)
@@ -239,12 +263,13 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also those that are measured")
     parser.add_argument("--fid", type=int, default=0, help=f"images of the main contenders, a multiple of {CHUNK}")
     parser.add_argument("--calibrate", type=float, help="make the plan of this share of the MACs instead")
+    parser.add_argument("--fit", nargs="+", default=["dp"], choices=sorted(fits(0.5, (), 0)), help="what is calibrated")
     parser.add_argument(
         "--at", nargs="*", default=(), help="sites to choose from in calibration (the family's usual ones)"
     )
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--refine", type=int, default=8)
+    parser.add_argument("--refine", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path(".cache/caching"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -252,7 +277,9 @@ def main() -> None:
         for steps in asked.steps:
             subject = Subject(name, steps, asked.seeds, asked.guidance, asked.work)
             if asked.calibrate:
-                calibrate(subject, asked.calibrate, asked.at, asked.samples, asked.batch, asked.refine)
+                for kind, method in fits(asked.calibrate, asked.at, asked.refine).items():
+                    if kind in asked.fit:
+                        calibrate(subject, kind, method, asked.samples, asked.batch)
                 continue
             about = machine()
             entries = measured(subject, asked.only, asked.again)

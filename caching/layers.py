@@ -72,7 +72,7 @@ class Stream:
         newer = cut is not None and cut.newest > whole.newest
         if rows is None:
             if newer:
-                whole = self.cells[index] = Cell.empty(whole.site, whole.history.maxlen or 1)
+                whole.computed = None  # earlier values of all samples may still serve an extrapolation
                 del self.cut[index]
             return whole
         if cut is None or not newer:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
 from fewstep.caching.actions import Action
@@ -52,6 +53,7 @@ class ModelCache:
         self.sites: list[Site] = [site for layer in self.layers for site in layer.sites]
         self._owner = [number for number, layer in enumerate(self.layers) for _ in layer.sites]
         self._first = [self._owner.index(number) for number in range(len(self.layers))]
+        self._outputs = [(index, role) for index, role in self._roles() if not role.path]  # the whole network's output
         self._check_disjoint()
         self.enabled = True
         self.teacher: Fit | None = None  # in calibration: sees the true value of every reused site
@@ -101,6 +103,7 @@ class ModelCache:
             if k not in ("pipe", "call", "_clock", "_streams", "_by_name", "_shared")
         }
         vars(new).update({k: copy.deepcopy(v, memo) for k, v in state.items()}, pipe=memo.get(id(self.pipe)))
+        new._copied = True
         new._start()
         return new
 
@@ -112,7 +115,7 @@ class ModelCache:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, pipe=None)
+        vars(self).update(state, pipe=None, _copied=True)
         self._start()
 
     def _check_disjoint(self) -> None:
@@ -125,27 +128,34 @@ class ModelCache:
                     )
 
     def _install(self) -> None:
-        done: list[tuple[nn.Module, str]] = []
-        self._hooked: list[nn.Module] = []
+        self._hooks: list[tuple[nn.Module, ModelHook, str]] = []
+        self._copied = False
         try:
             modules = dict(self.model.named_modules())
             for layer in self.layers:
                 for name, place in layer.probes.items():
                     path, _, end = place.rpartition(":")
-                    hook = f"{PROBE}_{name}"
-                    install(modules[path], ProbeHook(self, name, end), hook)
-                    done.append((modules[path], hook))
+                    self._hook(modules[path], ProbeHook(self, name, end), f"{PROBE}_{name}")
             for index, role in self._roles():
                 if role.path:
-                    hook = AROUND if role.wraps else NAME
-                    install(modules[role.path], SiteHook(self, index, role), hook)
-                    done.append((modules[role.path], hook))
+                    self._hook(modules[role.path], SiteHook(self, index, role), AROUND if role.wraps else NAME)
             install(self.model, RootHook(self))
-            self._hooked = list(dict.fromkeys(module for module, _ in done))
         except BaseException:
-            for module, name in reversed(done):
+            for module, _, name in reversed(self._hooks):
                 uninstall(module, name)
             raise
+        self._hooked = list(dict.fromkeys(module for module, _, _ in self._hooks))
+
+    def _hook(self, module: nn.Module, hook: ModelHook, name: str) -> None:
+        install(module, hook, name)
+        self._hooks.append((module, hook, name))
+
+    def _hook_again(self) -> None:
+        """A copied module has lost its compiled call, and with it what stood around that."""
+        for module, hook, name in self._hooks:
+            if installed(module, name) is None:
+                install(module, hook, name)
+        self._copied = False
 
     def remove(self) -> None:
         """Take all hooks away; the network is as it was."""
@@ -174,6 +184,8 @@ class ModelCache:
         """A call of the network: the position is found, then its modules run and ask what to do."""
         if not self.enabled or self.call is not None:
             return forward(*args, **kwargs)
+        if self._copied:
+            self._hook_again()
         for module in self._hooked:
             if module._compiled_call_impl is not None:
                 keep_outside(module)
@@ -200,9 +212,8 @@ class ModelCache:
             self.call = call
 
     def _run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        for index, role in self._roles():
-            if not role.path:  # a site that is the whole network's output
-                forward = self._around(index, role, forward)
+        for index, role in self._outputs:
+            forward = self._around(index, role, forward)
         return forward(*args, **kwargs)
 
     def _around(self, index: int, role: Role, forward: Callable[..., Any]) -> Callable[..., Any]:

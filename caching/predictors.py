@@ -49,15 +49,7 @@ class Predictor:
         Raises:
             FewstepError: where a kept tensor was changed in place since.
         """
-        newest = cell.history[0]
-        newest.check(cell.site)
-        weights = self.weights([value.step for value in cell.history], step)
-        if len(weights) == 1 and weights[0] == 1.0:
-            return newest.tree()
-        values = list(cell.history)[: len(weights)]
-        for value in values[1:]:
-            value.check(cell.site)
-        return newest.tree([_mix(weights, [value.leaves[i] for value in values]) for i in range(len(newest.leaves))])
+        return _mixed(cell, self.weights([value.step for value in cell.history], step))
 
     # -- files --------------------------------------------------------------------------------------------------------
     def spec(self) -> dict[str, Any]:
@@ -93,6 +85,17 @@ def from_spec(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Predict
     if extra := sorted(set(options) - known):
         raise FewstepError(f"predictor {kind} has no option {extra[0]!r}; it has {', '.join(sorted(known)) or 'none'}")
     return cls(**options)
+
+
+def _mixed(cell: Cell, weights: Sequence[float]) -> Any:
+    """The newest values of a site with these weights, a tree."""
+    values = list(cell.history)[: len(weights)]
+    for value in values:
+        value.check(cell.site)
+    if len(weights) == 1 and weights[0] == 1.0:
+        return values[0].tree()
+    count = len(values[0].leaves)
+    return values[0].tree([_mix(weights, [value.leaves[i] for value in values]) for i in range(count)])
 
 
 def _mix(weights: Sequence[float], leaves: Sequence[Any]) -> Any:
@@ -221,19 +224,25 @@ class Affine(Predictor):
     With one value CacheQuant's decoupled error correction (arXiv 2503.01323) and, on a model's output, ERTACache's
     rectification (arXiv 2508.21091); with two it has every linear extrapolation as a special case.
 
+    What was found holds for values of certain steps. Where others are kept, or fewer, because another cache or another batch
+    made steps be computed that the plan reuses, the line through the last two takes its place; one value alone is held.
+
     Attributes:
         scale: by site the factors, (steps, values newest first, channels of all leaves one after the other). A number for
             all channels may stand for them (last dimension 1).
         shift: by site the summands, (steps, channels) likewise.
+        past: by site the steps whose values the factors are for, (steps, values) int, -1 for none; where a site is left
+            out, any will do as long as there are as many as have factors.
     """
 
     scale: Mapping[str, Tensor] = field(default_factory=dict)
     shift: Mapping[str, Tensor] = field(default_factory=dict)
+    past: Mapping[str, Tensor] = field(default_factory=dict)
     kind: ClassVar[str] = "affine"
 
     @classmethod
     def array_names(cls) -> tuple[str, ...]:
-        return ("scale", "shift")
+        return ("scale", "shift", "past")
 
     def __post_init__(self) -> None:
         if set(self.scale) != set(self.shift):
@@ -245,6 +254,13 @@ class Affine(Predictor):
                     f"affine tables of site {site!r} have shapes {tuple(scale.shape)} and {tuple(shift.shape)}; "
                     "(steps, values, channels) and (steps, channels) are needed"
                 )
+            if site in self.past and self.past[site].shape != scale.shape[:2]:
+                raise FewstepError(
+                    f"past steps of site {site!r} have shape {tuple(self.past[site].shape)}; (steps, values) is needed"
+                )
+        object.__setattr__(
+            self, "_reads", {site: _read(scale, self.past.get(site)) for site, scale in self.scale.items()}
+        )
         object.__setattr__(self, "_ready", {})
 
     @property
@@ -256,7 +272,11 @@ class Affine(Predictor):
         if cell.site not in self.scale or step >= len(self.scale[cell.site]):
             newest.check(cell.site)
             return newest.tree()
-        values = list(cell.history)[: self.scale[cell.site].shape[1]]
+        count, past = getattr(self, "_reads")[cell.site][step]  # noqa: B009
+        kept = [value.step for value in cell.history]
+        if len(kept) < count or (past is not None and kept[:count] != past[:count]):
+            return _mixed(cell, Extrapolate(1).weights(kept[:2], step))
+        values = list(cell.history)[: max(count, 1)]
         for value in values:
             value.check(cell.site)
         return newest.tree([self._correct(cell.site, step, i, values) for i in range(len(newest.leaves))])
@@ -284,6 +304,16 @@ class Affine(Predictor):
         if key not in ready:
             ready[key] = (self.scale[site].to(leaf), self.shift[site].to(leaf))
         return ready[key]
+
+
+def _read(scale: Tensor, past: Tensor | None) -> list[tuple[int, list[int] | None]]:
+    """For every step how many values have factors, and the steps of these where they are told."""
+    used = scale.ne(0).any(2)
+    counts = (used * torch.arange(1, scale.shape[1] + 1, device=scale.device)).amax(1).tolist()
+    steps: list[list[int] | None] = past.tolist() if past is not None else [None] * len(counts)
+    return [
+        (count, told if told is not None and told[0] >= 0 else None) for count, told in zip(counts, steps, strict=True)
+    ]
 
 
 def channel_axis(value: Tensor) -> int:

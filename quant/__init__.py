@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from fewstep.quant.allocation.allocate import fewest_bits as fewest_bits
     from fewstep.quant.apply import dequantize_ as dequantize_
     from fewstep.quant.apply import quantize_ as quantize_
+    from fewstep.quant.attention.plan import AttentionPlan as AttentionPlan
     from fewstep.quant.calibration.calls import Call as Call
-    from fewstep.quant.calibration.calls import record as record
+    from fewstep.quant.calibration.recording import record as record
     from fewstep.quant.correction import Correction as Correction
     from fewstep.quant.correction import correct_ as correct_
     from fewstep.quant.correction import fit_correction as fit_correction
     from fewstep.quant.correction import remove_correction_ as remove_correction_
+    from fewstep.quant.exporters.torchao import to_torchao as to_torchao
     from fewstep.quant.formats import Format as Format
     from fewstep.quant.formats import Quantized as Quantized
     from fewstep.quant.layer_plan import LayerPlan as LayerPlan
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from fewstep.quant.methods.nearest import Int4 as Int4
     from fewstep.quant.methods.nearest import Int8 as Int8
     from fewstep.quant.methods.svdquant import SVDQuant as SVDQuant
+    from fewstep.quant.methods.temporal import TFMQ as TFMQ
     from fewstep.quant.methods.trained import BinaryDM as BinaryDM
     from fewstep.quant.methods.trained import BitsFusion as BitsFusion
     from fewstep.quant.methods.trained import EfficientDM as EfficientDM
@@ -54,8 +57,11 @@ if TYPE_CHECKING:
 _MODULES = {
     "allocation.allocate": ("allocate_bits", "fewest_bits"),
     "apply": ("dequantize_", "quantize_"),
-    "calibration.calls": ("Call", "record"),
+    "attention.plan": ("AttentionPlan",),
+    "calibration.calls": ("Call",),
+    "calibration.recording": ("record",),
     "correction": ("Correction", "correct_", "fit_correction", "remove_correction_"),
+    "exporters.torchao": ("to_torchao",),
     "formats": ("Format", "Quantized"),
     "layer_plan": ("LayerPlan",),
     "layers": ("QuantConv2d", "QuantLinear"),
@@ -67,6 +73,7 @@ _MODULES = {
     "methods.mixed": ("MixedPrecision",),
     "methods.nearest": ("Binary", "FP4", "FP8", "Int4", "Int8", "W4A8"),
     "methods.svdquant": ("SVDQuant",),
+    "methods.temporal": ("TFMQ",),
     "methods.trained": ("BinaryDM", "BitsFusion", "EfficientDM", "QuEST"),
     "plan": ("QuantPlan",),
     "state": ("plan_of",),
@@ -79,8 +86,10 @@ __all__ = [
     "FP4",
     "FP8",
     "GPTQ",
+    "TFMQ",
     "W4A8",
     "AdaQuant",
+    "AttentionPlan",
     "Binary",
     "BinaryDM",
     "BitsFusion",
@@ -115,6 +124,7 @@ __all__ = [
     "remove_correction_",
     "remove_lora_",
     "save",
+    "to_torchao",
 ]
 
 

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.eval.costs.memory import model_bytes
+from fewstep.quant.attention.install import install, remove
+from fewstep.quant.attention.plan import AttentionPlan
 from fewstep.quant.backends import named
 from fewstep.quant.calibration.calls import Call, as_calls
 from fewstep.quant.calibration.checkpoint import Checkpoint
 from fewstep.quant.calibration.inputs import LayerInputs, gather
 from fewstep.quant.layers.base import QuantLayer
 from fewstep.quant.layers.build import build, unbuild
+from fewstep.quant.layers.moment import follow_times_, forget_times_
 from fewstep.quant.methods.base import Method
 from fewstep.quant.methods.mixed import MixedPrecision
-from fewstep.quant.plan import QuantPlan
+from fewstep.quant.plan import QuantPlan, make_plan
 from fewstep.quant.report import QuantReport
 from fewstep.quant.sites import Site, quantized_layers, sites
 from fewstep.quant.state import RECORD, Record, check_untouched, evaluating, swap, twin, unwrapped
@@ -29,9 +32,10 @@ from fewstep.quant.state import RECORD, Record, check_untouched, evaluating, swa
 
 def quantize_(
     module: nn.Module,
-    config: Method | QuantPlan,
+    config: Method | QuantPlan | AttentionPlan,
     calibration: Any = None,
     *,
+    attention: AttentionPlan | Mapping[str, AttentionPlan] | None = None,
     keep_originals: bool = True,
     backend: str = "auto",
     checkpoint: str | Path | None = None,
@@ -43,9 +47,11 @@ def quantize_(
 
     Args:
         module: a denoiser or any other network, such as ``pipe.unet`` or ``pipe.transformer``.
-        config: a method with its settings, or a plan, whose layers are rounded to the nearest.
+        config: a method with its settings; a plan, whose layers are rounded to the nearest; or an attention's plan, for
+            all attentions and nothing else.
         calibration: calls of the network, see :func:`~fewstep.quant.record`; dicts of keywords, tuples or single tensors
             will do. Not needed by plain rounding.
+        attention: attentions in 8 bits besides the layers: one plan for all, or by name or pattern (``*``).
         keep_originals: keep the float layers beside, so that :func:`dequantize_` gives back every bit. Costs their memory.
         backend: which backend computes the layers; ``auto`` chooses by device, formats and shape.
         checkpoint: a folder in which finished layers are kept while calibration runs; the same call goes on from there.
@@ -67,6 +73,9 @@ def quantize_(
     """
     started = time.monotonic()
     model = unwrapped(module)
+    if isinstance(config, AttentionPlan):
+        empty = make_plan(model, lambda site: "attention only", "AttentionPlan", may_be_empty=True)
+        config = empty.with_attention(model, config)
     method = config if isinstance(config, Method) else None
     if isinstance(config, QuantPlan):
         method = MixedPrecision(config)
@@ -80,17 +89,22 @@ def quantize_(
         raise FewstepError(f"{type(method).__name__} looks at what layers see; give calibration, see quant.record")
     before = sum(model_bytes(model).values())
     with evaluating(model):
-        plan = method.plan(model, calls).validate(model)
+        plan = method.plan(model, calls)
+        plan = (plan if attention is None else plan.with_attention(model, attention)).validate(model)
         made = _solve(model, method, plan, calls, checkpoint, rows, budget, progress)
         quantized = _assembled(model, plan, made, backend)
         record = Record(plan, {})
         record.originals = swap(model, quantized)
+        follow_times_(model)
         try:
+            install(model, plan.attention)
             record_noise = _noise(record.originals, quantized)
             findings, error = _finish(model, record, method, calls)
             _check_backends(quantized, model, calls)
         except BaseException:
             swap(model, record.originals)
+            forget_times_(model)
+            remove(model)
             raise
     if not keep_originals:
         record.originals = {}
@@ -113,7 +127,7 @@ def dequantize_(module: nn.Module) -> int:
     the weights that their codes stand for.
 
     Returns:
-        How many layers were replaced.
+        How many layers were replaced; attentions in 8 bits are made what they were as well.
     """
     from fewstep.quant.correction import remove_correction_
 
@@ -121,6 +135,7 @@ def dequantize_(module: nn.Module) -> int:
     record: Record | None = getattr(model, RECORD, None)
     layers = quantized_layers(model)
     remove_correction_(model)
+    remove(model)
     originals = record.originals if record else {}
     floats = {}
     for name, layer in layers.items():
@@ -129,6 +144,7 @@ def dequantize_(module: nn.Module) -> int:
         floats[name] = originals[name].to(like.device, dtype) if name in originals else unbuild(layer)
         floats[name].train(layer.training)
     swap(model, floats)
+    forget_times_(model)
     if record is not None:
         delattr(model, RECORD)
     return len(layers)

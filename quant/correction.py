@@ -1,15 +1,17 @@
 """What quantisation does to a network's output on average, taken off again: a gain and an offset a time step and channel.
 
-    y = (y_q - b_t) / (1 + k_t)        k_t, b_t from the regression of y_q on y at every calibrated step
+    y_q = (1 + k_t) y + b_t + r_t        k_t, b_t from the regression of y_q on y at every calibrated step
+    y   = (y_q - b_t) / (1 + k_t)        what is left has the variance var(r_t) / (1 + k_t)^2
 
-Source: PTQD, 2305.10657, eq. 12 to 15 (the part of the noise that follows the output, and its mean); CacheQuant, 2503.01323,
-eq. 11, fits the same by channel. PTQD's third part, the variance that is left, belongs into a sampler with noise of its own.
+What is left is noise; a sampler that adds noise of its own adds so much less (:meth:`Correction.absorbed`).
+
+Source: PTQD, 2305.10657, eq. 12 to 17; CacheQuant, 2503.01323, eq. 11, fits gain and offset by channel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from fewstep.artifact import read_json, read_tensors, write_with_tensors
 from fewstep.errors import ArtifactError, FewstepError
 from fewstep.quant.calibration.calls import as_calls, first_tensor
 from fewstep.quant.state import RECORD, Record, evaluating, twin, unwrapped
+from fewstep.samplers.convert import conversion
+from fewstep.samplers.plan import SolverPlan
 
 HANDLE = "_fewstep_correction"
-_ARRAYS = ("times", "gain", "offset")
+_ARRAYS = ("times", "gain", "offset", "rest", "shared")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +40,16 @@ class Correction:
         gain: (T, C) float64, 1 + k.
         offset: (T, C) float64, b.
         fingerprint: of the plan's architecture.
+        rest: (T,) float64, the variance that is left in the corrected output, the mean over channels.
+        shared: (T,) float64, the part of it that the two halves of a guided batch have in common, their covariance.
     """
 
     times: Tensor
     gain: Tensor
     offset: Tensor
     fingerprint: str
+    rest: Tensor
+    shared: Tensor
 
     def rows(self, timestep: Any, batch: int) -> tuple[Tensor, Tensor]:
         """Gain and offset (B, C) for the times of a call."""
@@ -54,6 +62,47 @@ class Correction:
         gain, offset = (r.to(output) for r in self.rows(timestep, len(output)))
         shape = (*gain.shape, *[1] * (output.ndim - 2))
         return (output - offset.reshape(shape)) / gain.reshape(shape)
+
+    def left(self, time: float, guidance: float | None = None) -> float:
+        """The variance that is left at a time, with ``guidance`` in u + g (c - u): (g^2 + (1-g)^2) rest + 2 g (1-g) shared."""
+        row = int((self.times - time).abs().argmin())
+        rest, shared = float(self.rest[row]), float(self.shared[row])
+        if guidance is None:
+            return rest
+        g = guidance
+        return max(0.0, (g**2 + (1 - g) ** 2) * rest + 2 * g * (1 - g) * shared)
+
+    def absorbed(self, plan: SolverPlan, *, guidance: float | None = None) -> SolverPlan:
+        """A stochastic plan that adds less noise by what the corrected network adds itself; a deterministic one as it is.
+
+            noise'_i^2 = max(0, noise_i^2 - sum_k (output[i, k] q_{i-k})^2 var_{i-k})
+
+        where q is what the plan's m changes by for one unit of the network's output. Errors of different calls count as
+        independent.
+
+        Args:
+            plan: for the same network; with one number a coefficient.
+            guidance: classifier-free guidance scale, where the pipeline guides.
+
+        Raises:
+            FewstepError: for a plan with coefficients of every dimension's own.
+
+        Source: PTQD, 2305.10657, eq. 17, there for DDIM.
+        """
+        if plan.sample_shape:
+            raise FewstepError(f"plan {plan.method} has coefficients for every dimension; give one with plain numbers")
+        if not plan.has_noise:
+            return plan
+        noise = plan.noise.detach().clone()
+        for i in range(plan.steps):
+            added = 0.0
+            for k, weight in enumerate(plan.output[i].tolist()):
+                if weight and noise[i]:
+                    j = i - k
+                    _, q = conversion(plan.prediction, plan.basis[j], plan.alpha[j], plan.sigma[j], plan.sigma_data)
+                    added += (weight * float(q)) ** 2 * self.left(float(plan.model_time[j]), guidance)
+            noise[i] = (noise[i] ** 2 - added).clamp(min=0).sqrt()
+        return replace(plan, noise=noise, provenance={**plan.provenance, "absorbed": self.fingerprint})
 
     def save(self, path: str | Path) -> None:
         """Write JSON, which must end in .json, and the arrays beside it."""
@@ -100,7 +149,9 @@ def fit_correction(module: nn.Module, calibration: Any, *, by_channel: bool = Tr
     times = sorted(pairs)
     found = [_fit(pairs[time], by_channel) for time in times]
     gain, offset = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return Correction(torch.tensor(times, dtype=torch.float64), gain, offset, record.plan.fingerprint)
+    left = [_left(pairs[time], *fitted) for time, fitted in zip(times, found, strict=True)]
+    rest, shared = (torch.tensor(part, dtype=torch.float64) for part in zip(*left, strict=True))
+    return Correction(torch.tensor(times, dtype=torch.float64), gain, offset, record.plan.fingerprint, rest, shared)
 
 
 def correct_(module: nn.Module, correction: Correction) -> None:
@@ -149,6 +200,17 @@ def _fit(pairs: Sequence[tuple[Tensor, Tensor]], by_channel: bool) -> tuple[Tens
     gain = torch.where(squares > 0, products / squares.clamp(min=1e-30), 1.0)
     gain = torch.where(gain > 0, gain, 1.0)
     return gain, got.mean(1) - gain * want.mean(1)
+
+
+def _left(pairs: Sequence[tuple[Tensor, Tensor]], gain: Tensor, offset: Tensor) -> tuple[float, float]:
+    """Variance of what is left after the correction, and covariance of the halves of the batches; 0 for odd batches."""
+    errors = []
+    for got, want in pairs:
+        shape = (-1, *[1] * (got.ndim - 2))
+        errors.append((got - offset.reshape(shape)) / gain.reshape(shape) - want)
+    halves = [error.chunk(2) for error in errors if len(error) % 2 == 0]
+    shared = sum(float((a * b).mean()) for a, b in halves) / max(1, len(halves))
+    return sum(float(error.square().mean()) for error in errors) / len(errors), shared
 
 
 def _json_path(path: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ class LayerPlan:
         smooth: whether inputs are divided by a factor a channel, which the weight was multiplied with.
         shift: what is added to the inputs before they are quantised, undone in the bias; with an unsigned activation.
         static: whether activation scales are stored; else every call computes its own.
+        times: ascending times that the network can be told, with an activation scale stored for each; a call takes those of
+            the nearest. With ``static``; none for one scale at all times.
         splits: input channels at which the layer is cut into parts with formats' scales of their own (Q-Diffusion,
             2302.04304, sec. 4.2).
         first_token: whether the output of token 0 is stored, and token 0 kept out of quantisation (MixDQ, 2405.17873).
@@ -33,6 +36,7 @@ class LayerPlan:
     smooth: bool = False
     shift: float = 0.0
     static: bool = False
+    times: tuple[float, ...] = ()
     splits: tuple[int, ...] = ()
     first_token: bool = False
 
@@ -41,12 +45,17 @@ class LayerPlan:
         if self.activation is not None:
             object.__setattr__(self, "activation", Format.parse(self.activation))
         object.__setattr__(self, "splits", tuple(self.splits))
+        object.__setattr__(self, "times", tuple(float(time) for time in self.times))
         if self.rank < 0:
             raise PlanError(f"rank is {self.rank}; give 0 or more")
         if self.activation is None and (self.static or self.shift or self.smooth):
             raise PlanError(
                 "static, shift and smooth change how activations are quantised; this plan leaves them as they are"
             )
+        if self.times and not self.static:
+            raise PlanError("times are of stored activation scales; they need static=True")
+        if any(b <= a for a, b in itertools.pairwise(self.times)):
+            raise PlanError(f"times are {self.times}; give ascending numbers")
         if any(b <= a for a, b in zip((0, *self.splits), self.splits, strict=False)):
             raise PlanError(f"splits are {self.splits}; give ascending channel numbers above 0")
 
@@ -54,6 +63,7 @@ class LayerPlan:
         said = f"{self.weight} x {self.activation}" if self.activation else str(self.weight)
         extra = [f"rank {self.rank}"] if self.rank else []
         extra += [name for name in ("smooth", "static") if getattr(self, name)]
+        extra += [f"scales at {len(self.times)} times"] if self.times else []
         extra += [f"shift {self.shift:g}"] if self.shift else []
         extra += [f"split at {', '.join(map(str, self.splits))}"] if self.splits else []
         extra += ["first token kept"] if self.first_token else []
@@ -86,5 +96,5 @@ class LayerPlan:
 
 
 _PLAIN: dict[str, Any] = {
-    "rank": 0, "smooth": False, "shift": 0.0, "static": False, "splits": (), "first_token": False,
+    "rank": 0, "smooth": False, "shift": 0.0, "static": False, "times": (), "splits": (), "first_token": False,
 }  # fmt: skip

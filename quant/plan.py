@@ -12,6 +12,7 @@ from torch import nn
 
 from fewstep.artifact import read_json, write_json
 from fewstep.errors import ArtifactError, FewstepError, PlanError, unknown
+from fewstep.quant.attention.plan import AttentionPlan, by_name
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import check
 from fewstep.quant.sites import Site, architecture, sites
@@ -36,6 +37,7 @@ class QuantPlan:
         method: who made the plan.
         provenance: its settings and findings, as JSON.
         other: how many parameters the model has besides those weights.
+        attention: of attention modules by name, how they compute; the others are left as they are.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -46,6 +48,7 @@ class QuantPlan:
     method: str = "custom"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     other: int = 0
+    attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
 
     # -- cost ---------------------------------------------------------------------------------------------------------
     def matrix(self, name: str) -> tuple[int, int]:
@@ -96,6 +99,7 @@ class QuantPlan:
         for name, shape in self.shapes.items():
             what = str(self.layers[name]) if name in self.layers else f"kept: {self.kept.get(name, 'not in the plan')}"
             rows.append(f"  {name:{width}}  {'x'.join(map(str, shape)):>16}  {self.layer_bits(name):6.2f}  {what}")
+        rows += [f"  {name}: {plan}" for name, plan in self.attention.items()]
         return "\n".join([head, *rows])
 
     def summary(self) -> dict[str, int]:
@@ -134,6 +138,10 @@ class QuantPlan:
                 check(name, there[name].module, plan)
             except FewstepError as error:
                 raise PlanError(str(error)) from None
+        if self.attention:
+            from fewstep.quant.attention.install import check as check_attention
+
+            check_attention(model, self.attention)
         return self
 
     @staticmethod
@@ -155,6 +163,16 @@ class QuantPlan:
         kept = {name: why for name, why in kept.items() if name not in layers}
         return replace(self, layers=layers, kept=kept, method=method or self.method)
 
+    def with_attention(self, model: nn.Module, wanted: AttentionPlan | Mapping[str, AttentionPlan]) -> QuantPlan:
+        """The plan with attentions of ``model`` in 8 bits: all of them, or by name or pattern (``*``).
+
+        Raises:
+            PlanError: for a name or pattern that no attention has.
+        """
+        from fewstep.quant.attention.install import attentions
+
+        return replace(self, attention={**self.attention, **by_name(wanted, attentions(model))})
+
     def diff(self, other: QuantPlan) -> dict[str, tuple[str, str]]:
         """Layers that the two plans treat differently: as this one and as the other says."""
 
@@ -175,6 +193,7 @@ class QuantPlan:
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "kept": dict(self.kept),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "attention": {name: plan.to_json() for name, plan in self.attention.items()},
         }
 
     @classmethod
@@ -187,11 +206,12 @@ class QuantPlan:
         try:
             layers = {str(name): LayerPlan.from_json(plan) for name, plan in body["layers"].items()}
             shapes = {str(name): tuple(int(size) for size in shape) for name, shape in body["shapes"].items()}
+            attention = {str(name): AttentionPlan.from_json(plan) for name, plan in body["attention"].items()}
         except (TypeError, AttributeError) as error:
             raise PlanError(f"a plan's layers and shapes are tables by layer: {error}") from None
         if missing := sorted(set(layers) - set(shapes)):
             raise PlanError(f"the plan has no shape of {missing[0]}")
-        return cls(**{**body, "layers": layers, "shapes": shapes})
+        return cls(**{**body, "layers": layers, "shapes": shapes, "attention": attention})
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; whole or not at all."""
@@ -209,7 +229,7 @@ class QuantPlan:
         return plan if model is None else plan.validate(model)
 
 
-KEYS = ("model", "fingerprint", "method", "provenance", "other", "layers", "kept", "shapes")
+KEYS = ("model", "fingerprint", "method", "provenance", "other", "layers", "kept", "shapes", "attention")
 
 
 def make_plan(
@@ -217,16 +237,18 @@ def make_plan(
     decide: Callable[[Site], LayerPlan | str],
     method: str,
     provenance: Mapping[str, Any] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> QuantPlan:
     """The plan in which every layer is what ``decide`` says of it: a layer's plan, or why it is kept.
 
     Raises:
-        PlanError: where nothing would be quantised.
+        PlanError: where nothing would be quantised, unless it may be so.
     """
     found = sites(model)
     decided = {site.name: decide(site) for site in found}
     layers = {name: plan for name, plan in decided.items() if isinstance(plan, LayerPlan)}
-    if not layers:
+    if not layers and not may_be_empty:
         raise PlanError(
             f"{type(model).__name__} has no layer that {method} would quantise; it has {len(found)} float layers"
         )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fewstep.errors import FewstepError
+from fewstep.quant.attention.install import remove
 from fewstep.quant.plan import QuantPlan
 from fewstep.quant.sites import canonical, quantized_layers, sites
 
@@ -49,6 +50,8 @@ def check_untouched(model: nn.Module) -> None:
     """Raises FewstepError for a network that is quantised already, or whose layers are offloaded one by one."""
     if layers := quantized_layers(model):
         raise FewstepError(f"{type(model).__name__} has {len(layers)} quantised layers already; dequantize_ it first")
+    if getattr(model, RECORD, None) is not None:
+        raise FewstepError(f"{type(model).__name__} has attentions in 8 bits already; dequantize_ it first")
     for site in sites(model):
         if getattr(site.module, "_hf_hook", None) is not None:
             raise FewstepError(f"{site.name} has an offload hook; quantise first, then enable offloading")
@@ -85,5 +88,6 @@ def twin(model: nn.Module, record: Record) -> Iterator[nn.Module]:
     memo |= {id(layer): layer for layer in quantized_layers(model).values()}
     memo |= {id(record): None}
     original = copy.deepcopy(model, memo)
+    remove(original)
     swap(original, record.originals)
     yield original

@@ -1,7 +1,7 @@
 """Quantised networks on disk: one JSON with the plan, one safetensors file with every array. Never pickle.
 
 Nothing else is needed to have the network back, so the float weights need not be there. What is not quantised is stored in
-the fewest bytes that keep every bit: float32 whose numbers all are float16 numbers as float16.
+the fewest bytes that keep every bit, or in fewer, see :mod:`.rest`.
 """
 
 from __future__ import annotations
@@ -15,43 +15,58 @@ from torch import Tensor, nn
 
 from fewstep.artifact import read_json, read_tensors, write_with_tensors
 from fewstep.errors import ArtifactError, FewstepError, PlanError
+from fewstep.quant.attention.install import check as check_attention
+from fewstep.quant.attention.install import install
 from fewstep.quant.layers.base import ARRAYS, QuantLayer
 from fewstep.quant.layers.build import build
+from fewstep.quant.layers.moment import follow_times_
 from fewstep.quant.plan import QuantPlan
+from fewstep.quant.rest import Rest, check, packed, restored
 from fewstep.quant.sites import architecture, canonical, quantized_layers, sites
 from fewstep.quant.state import RECORD, Record, check_untouched, swap, unwrapped
 
 INDEX = "quantized.json"
-_KEYS = ("plan", "dtypes", "layer_dtypes", "names", "arrays", "arrays_sha256")
+_KEYS = ("plan", "dtypes", "layer_dtypes", "eight", "names", "arrays", "arrays_sha256")
 
 
-def save(module: nn.Module, folder: str | Path) -> Path:
+def save(module: nn.Module, folder: str | Path, *, rest: Rest = "exact") -> Path:
     """Write a quantised network to ``folder``; whole or not at all.
+
+    Args:
+        rest: how what the plan leaves in floating point is stored: ``exact``, bit for bit; ``float16``; or ``int8``, its
+            large matrices (embeddings, tables of classes, low-rank branches) with 8 bits and a scale a row. Rounding those
+            moves weights by some 0.4 %, far less than 4-bit codes do; quantised codes and scales are always exact.
 
     Returns:
         The path of the JSON file, ``quantized.json``; the arrays lie beside it.
 
     Raises:
-        FewstepError: for a network that is not quantised.
+        FewstepError: for a network that is not quantised, or an unknown ``rest``.
     """
+    check(rest)
     model = unwrapped(module)
     record: Record | None = getattr(model, RECORD, None)
     if record is None:
         raise FewstepError(f"{type(model).__name__} is not quantised; quantize_ it first, or save it as diffusers does")
     if any(getattr(layer, "added", 0) for layer in quantized_layers(model).values()):
         raise FewstepError("adapters were added to the branches; remove_lora_ first, and keep them in their own file")
-    tensors, dtypes = {}, {}
+    tensors: dict[str, Tensor] = {}
+    dtypes, eight = {}, {}
+    buffers = {canonical(name) for name, _ in model.named_buffers()}
     for name, value in _tensors(model):
-        kept = narrowest(value.detach().cpu())
-        if kept.dtype != value.dtype:
+        kept, how = packed(name, value.detach().cpu(), rest, buffer=name in buffers)
+        if how is not None:
+            eight[name] = how
+        if how is not None or kept[name].dtype != value.dtype:
             dtypes[name] = str(value.dtype).removeprefix("torch.")
-        tensors[name] = kept
+        tensors |= kept
     layer_dtypes = {
         name: str(next(m.dtype for m in layer.modules() if hasattr(m, "memory"))).removeprefix("torch.")
         for name, layer in quantized_layers(model).items()
     }
     path = Path(folder) / INDEX
-    body = {"plan": record.plan.to_json(), "dtypes": dtypes, "layer_dtypes": layer_dtypes, "names": sorted(tensors)}
+    body = {"plan": record.plan.to_json(), "dtypes": dtypes, "layer_dtypes": layer_dtypes, "eight": eight}
+    body["names"] = sorted(tensors)
     write_with_tensors(path, "QuantizedModel", body, tensors)
     return path
 
@@ -90,8 +105,9 @@ def load_(module: nn.Module, folder: str | Path, *, backend: str = "auto") -> Qu
     name = str(body["arrays"])
     if Path(name).name != name:
         raise ArtifactError(f"{path} names its arrays {name!r}; they lie beside it")
-    stored = read_tensors(path.with_name(name), body["arrays_sha256"], body["names"])
+    stored = _restored(path, read_tensors(path.with_name(name), body["arrays_sha256"], body["names"]), body["eight"])
     tensors = {key: value.to(_dtype(body["dtypes"].get(key), value.dtype)) for key, value in stored.items()}
+    check_attention(model, plan.attention)
     layers = _layers(model, plan, tensors, body["layer_dtypes"], path, backend)
     rest = {key: value for key, value in tensors.items() if not key.startswith(tuple(f"{n}." for n in layers))}
     places = _places(model, set(layers))
@@ -103,9 +119,18 @@ def load_(module: nn.Module, folder: str | Path, *, backend: str = "auto") -> Qu
                 f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(places[key].shape)}"
             )
     swap(model, layers)
+    install(model, plan.attention)
     _assign(model, rest)
+    follow_times_(model)
     setattr(model, RECORD, Record(plan, {}))
     return plan
+
+
+def _restored(path: Path, tensors: Mapping[str, Tensor], eight: Any) -> dict[str, Tensor]:
+    try:
+        return restored(tensors, eight)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, FewstepError) as error:
+        raise ArtifactError(f"{path} describes its 8-bit matrices wrongly: {error}") from None
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -157,14 +182,6 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             holder._parameters[last] = nn.Parameter(
                 here, requires_grad=before.requires_grad and value.is_floating_point()
             )
-
-
-def narrowest(value: Tensor) -> Tensor:
-    """float32 as float16 where that keeps every number; everything else as it is."""
-    if value.dtype != torch.float32:
-        return value
-    half = value.half()
-    return half if torch.equal(half.float(), value) else value
 
 
 def _dtype(name: Any, otherwise: torch.dtype) -> torch.dtype:

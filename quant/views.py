@@ -20,9 +20,16 @@ def weight_tensor(matrix: Tensor, shape: Sequence[int]) -> Tensor:
     return matrix.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def pixels(x: Tensor) -> Tensor:
-    """(B, H W C) of images (B, C, H, W): one row a sample, so that no sample's scale depends on another's."""
-    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+def pixels(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, H W C) of a convolution's inputs (B, C, H, W): one row a sample, so that no sample's scale depends on another's.
+
+    A 1 x 1 convolution sums within a pixel, as a linear layer within a token: there it is (B H W, C), one row a pixel.
+
+    Args:
+        shape: of the convolution's weight, (N, C, h, w).
+    """
+    alone = tuple(shape[2:]) == (1, 1)
+    return x.permute(0, 2, 3, 1).reshape(-1 if alone else x.shape[0], x.shape[1] if alone else x[0].numel())
 
 
 def images(matrix: Tensor, shape: Sequence[int]) -> Tensor:

@@ -31,6 +31,36 @@ def test_ranges_of_one_are_no_sites():
         caching.PyramidBroadcast(1, 1, 1).sites(family)
 
 
+def test_feed_forwards_of_the_front_blocks_rest_after_the_times_that_are_told():
+    family = family_of(TINY["wan"].model())
+    method = caching.PyramidBroadcast(2, 1, 1, (0, 1000), mlp_times=(710, 330), mlp_blocks=2)
+    plan = method.compile(family, 10)  # times 999, 899, ... 99: the nearest are steps 3 and 7
+    assert [site for site in plan.sites if "ffn" in site] == ["blocks.0.ffn", "blocks.1.ffn"]
+    assert column(plan, "0.ffn") == column(plan, "1.ffn") == "CCCCRRCCRR"
+    assert column(plan, "0.attn1") == "CRCRCRCRCR"
+    near = caching.PyramidBroadcast(2, 1, 1, mlp_times=(700, 600), mlp_blocks=1).compile(family, 10)
+    assert column(near, "0.ffn") == "CCCCCRRCCC"  # a step that others begin at is computed
+    assert caching.PyramidBroadcast(1, 1, 1, mlp_times=(500,)).sites(family) == [f"blocks.{i}.ffn" for i in range(3)]
+
+
+def test_resting_feed_forwards_do_not_run():
+    tiny = TINY["dit"]
+    model, ran = tiny.model(), []
+    for i, block in enumerate(model.transformer_blocks):
+        block.ff.net[0].register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    method = caching.PyramidBroadcast(2, mlp_times=(900,), mlp_blocks=1, mlp_rest=2)
+    with caching.applied(model, method, num_inference_steps=4):
+        trajectory(tiny, model, [tiny.conditioning()], timesteps(4))
+    assert ran.count(0) == 2
+    assert all(ran.count(i) == 4 for i in range(1, len(model.transformer_blocks)))
+
+
+@pytest.mark.parametrize(("options", "said"), [({"mlp_times": (1200,)}, "mlp_times"), ({"mlp_rest": 0}, "mlp_rest")])
+def test_times_outside_of_the_trajectory_are_refused(options, said):
+    with pytest.raises(FewstepError, match=said):
+        caching.PyramidBroadcast(**options)
+
+
 def test_the_window_is_of_the_runs_own_timesteps():
     from fewstep.caching import model_cache
 

@@ -236,6 +236,35 @@ def test_compiled_blocks_hold_no_decision(name, first):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["copied", "pickled"])
+def test_a_copy_of_compiled_blocks_keeps_the_cache(how):
+    """Copies are not compiled, as torch has it; the sites must not go with the compiled calls."""
+    torch._dynamo.reset()
+    tiny = TINY["dit"]
+    model, streams = tiny.model(), [tiny.conditioning()]
+    method = caching.FirstBlockCache(0.5, max_run=1)
+    with caching.applied(model, method, num_inference_steps=4):
+        expected = trajectory(tiny, model, streams)
+    plain = trajectory(tiny, model, streams)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    with caching.applied(model, method, num_inference_steps=4) as original:
+        trajectory(tiny, model, streams)
+        other = copy.deepcopy(model) if how == "copied" else pickle.loads(pickle.dumps(model))
+        found = trajectory(tiny, other, streams)
+        copied = caching.controller_of(other)
+        assert copied.report().hit_rate == original.report().hit_rate == 0.5
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        other.transformer_blocks[1].compile(backend="eager")  # as any other, the copy may be compiled
+        for a, b in zip(trajectory(tiny, other, streams), expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+        caching.remove_(other)
+        other.transformer_blocks[1]._compiled_call_impl = None
+        assert all(torch.equal(a, b) for a, b in zip(trajectory(tiny, other, streams), plain, strict=True))
+        trajectory(tiny, model, streams)
+        assert original.report().hit_rate == 0.5  # the original is as it was
+
+
 def test_a_network_compiled_as_a_whole_is_refused():
     model = TINY["dit"].model()
     with pytest.raises(FewstepError, match="compile its blocks instead"):

@@ -11,7 +11,8 @@ import torch
 from fewstep import caching, samplers
 from fewstep.caching.actions import Action
 from fewstep.caching.calibration.rectifying import Paths, computed_steps, rectification, shortened
-from fewstep.caching.calibration.routing import Gates
+from fewstep.caching.calibration.routing import Gates, _gated, _Lesson
+from fewstep.caching.calibration.runs import Runs
 from fewstep.caching.predictors import Affine
 from fewstep.caching.residual import RESIDUAL
 from fewstep.errors import FewstepError
@@ -84,7 +85,7 @@ def test_a_trained_router_keeps_its_budget_and_the_weights(dit, scheme):
     assert caching.controller_of(dit) is None
 
 
-def test_training_shuts_the_gates_that_matter_less(dit):
+def test_training_shuts_the_gates_that_matter_less():
     """A branch whose output is nought costs nothing to reuse; its gates must end below the others."""
     pipe = tiny_dit_pipeline(seed=1)
     with torch.no_grad():
@@ -92,10 +93,32 @@ def test_training_shuts_the_gates_that_matter_less(dit):
             p.zero_()
         for p in pipe.transformer.parameters():  # the random network hardly changes along its steps
             p.mul_(2.0)
-    plan = caching.calibrate(pipe, caching.Router(budget=0.75, iterations=12, rate=0.5), ["1"], **OPTIONS)
-    dead = plan.sites.index("transformer_blocks.1.attn1")
-    reused = (plan.actions[1:] == Action.REUSE).sum(0)
-    assert reused[dead] == reused.max() > reused.min()
+    method = caching.Router(budget=0.75)
+    sites = tuple(method.gates(caching.family_of(pipe.transformer)))
+    made, runs = gates(torch.zeros(STEPS, len(sites))), Runs.of(pipe, ["1"], 2, STEPS, 2.0)
+    made.sites = sites
+    made.logits.requires_grad_(True)
+    lesson = _Lesson(made, method, 0.75)
+    with _gated(runs, lesson):
+        for _ in range(4):
+            runs.batch_latents(0)
+    learned = made.logits.detach()[1:].mean(0)
+    dead = sites.index("transformer_blocks.1.attn1")
+    assert all(learned[dead] < learned[i] for i in range(len(sites)) if i != dead)
+
+
+def test_the_plan_errs_no_more_than_the_interval_and_the_searched_schedule(dit):
+    plan = caching.calibrate(dit, caching.Router(budget=0.75, iterations=2), ["1", "2"], **OPTIONS)
+    told = plan.provenance
+    errors = {name: told[f"{name}_error"] for name in ("uniform", "searched", "trained")}
+    assert told["latent_rms"] == errors[told["schedule"]] == min(errors.values())
+    uniform = caching.CachePlan(plan.sites, np.tile([[0], [1]], (3, len(plan.sites)))[:STEPS])
+    _, test = Runs.of(dit, ["1", "2"], 4, STEPS, 2.0, 10_000, 2).split(2)
+    uncached = test.latents()
+    with caching.applied(dit, uniform):
+        error = float((test.latents() - uncached).flatten(1).square().mean(1).sqrt().mean())
+    assert uniform.cost(dit.transformer).share <= 0.75
+    assert told["latent_rms"] <= error + 1e-6  # written with 6 decimals
 
 
 def paths(steps=6):

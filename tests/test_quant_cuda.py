@@ -13,9 +13,13 @@ import pytest
 import torch
 
 from fewstep.errors import FewstepError
+from fewstep.quant import backends
+from fewstep.quant.backends.extension import Extension
 from fewstep.quant.formats import Format, unpack
 from fewstep.quant.kernels import cuda
 from fewstep.quant.kernels.cuda import compiler
+from fewstep.quant.layer_plan import LayerPlan
+from fewstep.quant.layers.build import layer_arrays, quant_layer
 from tests.memory_fixtures import guard_what_is_allocated, guarded
 
 U = 2.0**-24
@@ -229,3 +233,46 @@ def test_refusals_name_what_is_wrong():
     refused(lambda: cuda.bitserial_product(grouped, grouped, emulate=True), "int4:g64")
     refused(lambda: cuda.build("w5a5", (8, 0)), "unknown CUDA kernel 'w5a5'")
     refused(lambda: cuda.supported((8, 0), "w5a5"), "unknown CUDA kernel 'w5a5'")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "formats",
+    [("int4:g64", "int4:g64"), ("uint4:g64", "int4:g64"), ("int4:row", "int4:g128"), ("int4:row", "int4:row")],
+)
+def test_the_backend_is_the_reference_on_the_same_codes(formats):
+    activation, weight = (Format.parse(name) for name in formats)
+    backend = Extension(emulate=True)
+    assert backend.refuses(activation, weight) is None
+    a, w = activation.encode(noise(70, 256).abs()), weight.encode(noise(50, 256, seed=1))
+    want = a.decode().double() @ w.decode().double().T
+    bound = 4 * 2.0**-24 * (a.decode().abs().double() @ w.decode().abs().double().T)  # as many groups are added up
+    assert bool(((backend.product(a, backend.pack(w)).double() - want).abs() <= bound).all())
+
+
+@needs_compiler
+def test_a_layer_with_branch_and_shift_runs_on_the_emulated_backend(monkeypatch):
+    layer = torch.nn.Linear(128, 40).requires_grad_(False)
+    plan = LayerPlan("int4:g64", "uint4:g64", rank=4, smooth=True, shift=0.2)
+    arrays = layer_arrays(layer, plan, smooth=noise(128).abs() + 0.5, branch=(noise(4, 128) / 11, noise(40, 4)))
+    made = quant_layer(layer, plan, arrays)
+    x = noise(9, 128, seed=4).abs()
+    made.backend = "reference"
+    want = made(x)
+    monkeypatch.setitem(backends.BY_NAME, "cuda", Extension(emulate=True))
+    backends._probed.cache_clear()
+    made.backend = "cuda"
+    torch.testing.assert_close(made(x), want, rtol=1e-5, atol=1e-5)
+    backends._probed.cache_clear()
+
+
+def test_the_backend_says_what_it_does_not_take():
+    backend = Extension()
+    for activation, weight, says in (
+        (None, "int4:g64", "codes by codes"), ("int8:row", "int4:g64", "4 bits"), ("int4:g32", "int4:g32", "multiple of 64"),
+        ("int4:tensor", "int4:row", "a scale a row"), ("zint4:row", "int4:row", "zero points"), ("nvfp4", "nvfp4", "4 bits"),
+    ):  # fmt: skip
+        reason = backend.refuses(None if activation is None else Format.parse(activation), Format.parse(weight))
+        assert says in reason
+    assert "K=96" in backend.refuses_shape(64, 96)
+    assert "sm_80 to sm_89" in backend.missing(torch.device("cpu"))

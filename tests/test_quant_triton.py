@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_numbers_in_the_interpreter():
     """Triton decides at its import whether it interprets, so this takes another process."""
     pytest.importorskip("triton")
-    files = [f"tests/test_quant_triton_{name}.py" for name in ("rows", "products", "layers")]
+    files = [f"tests/test_quant_triton_{name}.py" for name in ("rows", "products", "layers", "attention")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -60,6 +60,7 @@ def test_without_triton_or_a_device_one_sentence_says_so(missing, monkeypatch):
         "int8_conv2d": lambda: kernels.int8_conv2d(
             x.reshape(1, 4, 8, 8), torch.ones(2, 1, 1, 4).to(torch.int8), scale[:2]
         ),
+        "int8_attention": lambda: kernels.int8_attention(*[x.reshape(1, 1, 4, 64)] * 3),
     }
     assert set(calls) == set(support.NAMES)
     for name, call in calls.items():

@@ -24,6 +24,7 @@ CASES = [
     ("nvfp4", 120),
     ("nvfp4 emulated", 80),
     ("int8 conv 3x3", 120),
+    ("int8 attention", 89),
 ]
 
 

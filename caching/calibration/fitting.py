@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,23 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from fewstep.caching.calibration.gram import Array, solve
+from fewstep.caching.calibration.recording import Deep
 from fewstep.caching.calibration.runs import Runs
 from fewstep.caching.controller import applied
 from fewstep.caching.plan import Actions, CachePlan
-from fewstep.caching.predictors import Affine, Predictor, channel_axis
+from fewstep.caching.predictors import Affine, channel_axis
 from fewstep.caching.store import Cell
 
-
-@dataclass(frozen=True)
-class _Deep(Predictor):
-    """Keeps so many values; never predicts, because a teacher does."""
-
-    values: int = 1
-
-    @property
-    def depth(self) -> int:
-        return self.values
+Array = np.ndarray[Any, np.dtype[np.float64]]
+RIDGE = 1e-4
+"""Pull of a fit towards its prior, as a share of the predictors' mean square: keeps channels that hardly vary from weights
+that fit rounding."""
 
 
 class _Sums:
@@ -69,11 +62,13 @@ class Fitter:
         self.depth, self.steps = depth, steps
         self._sums: dict[tuple[str, int], _Sums] = {}
         self._fitted: dict[tuple[str, int], tuple[Array, Array]] = {}
+        self._past: dict[tuple[str, int], list[int]] = {}
 
     def __call__(self, cell: Cell, step: int, true: Any) -> Any:
         history = list(cell.history)[: self.depth]
         leaves, _ = tree_flatten(true)
         key = (cell.site, step)
+        self._past[key] = [value.step for value in history]
         x = np.stack([_channels(value.leaves) for value in history], 1)
         y = _channels(leaves)
         if key not in self._sums:
@@ -90,15 +85,19 @@ class Fitter:
         """The fitted tables of all sites and steps."""
         scale: dict[str, Tensor] = {}
         shift: dict[str, Tensor] = {}
+        past: dict[str, Tensor] = {}
         for (site, step), (weights, offsets) in self._fitted.items():
             if site not in scale:
                 scale[site] = torch.zeros(self.steps, self.depth, len(offsets))
                 scale[site][:, 0] = 1
                 shift[site] = torch.zeros(self.steps, len(offsets))
+                past[site] = torch.full((self.steps, self.depth), -1)
             scale[site][step, 0] = 0
             scale[site][step, : weights.shape[1]] = torch.from_numpy(weights.T).float()
             shift[site][step] = torch.from_numpy(offsets).float()
-        return Affine(scale, shift)
+            steps = self._past[site, step]
+            past[site][step, : len(steps)] = torch.tensor(steps)
+        return Affine(scale, shift, past)
 
 
 def fit(runs: Runs, sites: tuple[str, ...], actions: Actions, depth: int) -> tuple[Affine, Tensor]:
@@ -106,7 +105,7 @@ def fit(runs: Runs, sites: tuple[str, ...], actions: Actions, depth: int) -> tup
 
     The first batch is fitted on itself, each later one on all before it and itself.
     """
-    plan = CachePlan(sites, actions, _Deep(depth))
+    plan = CachePlan(sites, actions, Deep(depth))
     fitter = Fitter(depth, plan.steps)
     with _taught(runs.pipe, plan, fitter):
         latents = runs.latents()
@@ -137,3 +136,30 @@ def _channels(leaves: list[Any]) -> Array:
     ]
     shortest = min(part.shape[1] for part in flat)
     return torch.cat([part[:, :: part.shape[1] // shortest][:, :shortest] for part in flat]).numpy()
+
+
+def solve(
+    products: Array, sums: Array, targets: Array, target_sums: Array, count: int, prior: Array
+) -> tuple[Array, Array]:
+    """Per channel the weights and the shift that predict best, drawn a little towards a prior.
+
+        min over w, b of  sum (y - w . x - b)^2 + r n |w - w0|^2,   r = RIDGE * mean variance of x
+
+    Args:
+        products: (C, D, D) sums of x x'.
+        sums: (C, D) sums of x.
+        targets: (C, D) sums of x y.
+        target_sums: (C,) sums of y.
+        count: n.
+        prior: (D,) w0.
+
+    Returns:
+        (C, D) weights and (C,) shifts.
+    """
+    depth = sums.shape[1]
+    a = products - sums[:, :, None] * sums[:, None, :] / count
+    b = targets - sums * target_sums[:, None] / count
+    ridge = RIDGE * np.trace(a, axis1=1, axis2=2) / depth + 1e-30 * count
+    a = a + ridge[:, None, None] * np.eye(depth)
+    weights = np.linalg.solve(a, (b + ridge[:, None] * prior)[..., None])[..., 0]
+    return weights, (target_sums - (weights * sums).sum(1)) / count

@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from torch import Tensor, nn
+
+from fewstep.caching.actions import Action
 from fewstep.caching.calibration.budget import Budget
 from fewstep.caching.calibration.quality import Quality, measure
 from fewstep.caching.calibration.runs import Runs
+from fewstep.caching.cost import row_macs
 from fewstep.caching.families import family_of
 from fewstep.caching.method import Method
 from fewstep.caching.plan import CachePlan
@@ -18,10 +23,25 @@ HALVINGS = 10
 """Bisections of a threshold: its last digit then matters less than the prompts."""
 
 
-def turn(method: Method, budget: Budget, test: Runs, tick: Callable[[str], None]) -> tuple[CachePlan, Quality]:
+def turn(
+    method: Method,
+    budget: Budget,
+    test: Runs,
+    tick: Callable[[str], None],
+    uncached: Tensor | None = None,
+    meter: Meter | None = None,
+) -> tuple[CachePlan, Quality]:
     """The plan of the method with its knob as far open as the budget allows, and its held-out quality.
 
     With a bound on the MACs that is the least reuse which keeps it, with a bound on quality the most.
+
+    Args:
+        method: has a knob.
+        budget: the bound.
+        test: samples that judge.
+        tick: is told of progress.
+        uncached: their latents, if they are known.
+        meter: knows what other methods' plans cost on the same model.
 
     Raises:
         FewstepError: for a method without a knob, or a budget that it cannot keep.
@@ -29,9 +49,8 @@ def turn(method: Method, budget: Budget, test: Runs, tick: Callable[[str], None]
     from fewstep.eval.costs.calls import denoisers
 
     model = denoisers(test.pipe)[0]
-    family = family_of(model)
-    uncached = test.latents()
-    tick("uncached runs")
+    family, meter = family_of(model), meter or Meter(model)
+    reference = test.latents() if uncached is None else uncached
 
     def made(value: Any) -> tuple[CachePlan, Quality]:
         turned = replace(method, **{_knob(method): value})
@@ -41,8 +60,11 @@ def turn(method: Method, budget: Budget, test: Runs, tick: Callable[[str], None]
             plan = profiled(test, turned)
         else:
             plan = turned.compile(family, test.steps)
-        quality = measure(plan, test, uncached, plan.cost(model).share, budget.name)
-        tick(f"{_knob(method)} {value:g}")
+        share = meter.share(plan)
+        if budget.name == "macs" and share > budget.value:
+            return plan, Quality(np.array([np.inf]), share)  # need not be drawn
+        quality = measure(plan, test, reference, share, budget.name)
+        tick(f"{type(method).__name__}, {_knob(method)} {value:g}")
         return plan, quality
 
     tried = list(_search(method, budget, test.steps, made))
@@ -54,6 +76,26 @@ def turn(method: Method, budget: Budget, test: Runs, tick: Callable[[str], None]
             f"takes is {least:.1%} of the MACs"
         )
     return min(kept, key=lambda f: f[1].latent_rms if budget.name == "macs" else f[1].macs_share)
+
+
+class Meter:
+    """Counts the MACs of plans for one model, every row of actions once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._known: dict[Any, int] = {}
+
+    def share(self, plan: CachePlan) -> float:
+        """The plan's MACs as a share of computing everything."""
+
+        def key(row: Any) -> Any:
+            return plan.sites, row.tobytes()
+
+        full = np.full((1, len(plan.sites)), Action.COMPUTE, dtype=np.int8)
+        rows = np.unique(np.concatenate([full, plan.actions]), axis=0)
+        if new := [row for row in rows if key(row) not in self._known]:
+            self._known |= dict(zip(map(key, new), row_macs(plan, self.model, np.stack(new))[1:], strict=True))
+        return sum(self._known[key(row)] for row in plan.actions) / (self._known[key(full[0])] * plan.steps)
 
 
 def _search(

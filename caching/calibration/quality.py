@@ -31,8 +31,7 @@ class Quality:
     @property
     def latent_rms(self) -> float:
         """Mean of the errors; infinite where one is not finite."""
-        mean = float(self.errors.mean())
-        return mean if np.isfinite(mean) else float("inf")
+        return worst(float(self.errors.mean()))
 
     def values(self, name: str) -> dict[str, float]:
         """The measured value of a bound, by its name."""
@@ -58,6 +57,11 @@ class Quality:
             return {}
         interval = mean_interval(self.errors)
         return {"latent_rms_interval": [round(interval.low, 6), round(interval.high, 6)]}
+
+
+def worst(error: float) -> float:
+    """An error that is no number is the worst one."""
+    return error if np.isfinite(error) else float("inf")
 
 
 def measure(plan: CachePlan, test: Runs, uncached: Tensor, macs_share: float, bound: str = "latent_rms") -> Quality:

@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fewstep.caching.actions import Action
 from fewstep.caching.calibration.budget import Budget
 from fewstep.caching.calibration.fitting import fit
-from fewstep.caching.calibration.quality import Quality, measure
+from fewstep.caching.calibration.keys import searched
+from fewstep.caching.calibration.quality import Quality, measure, worst
+from fewstep.caching.calibration.responses import Responses
 from fewstep.caching.calibration.runs import Runs
+from fewstep.caching.calibration.schedule import affordable
 from fewstep.caching.controller import applied
 from fewstep.caching.cost import shares
 from fewstep.caching.families import family_of
@@ -29,12 +32,15 @@ from fewstep.errors import FewstepError
 
 Run = Callable[[], Any]
 OPEN = 5.0
-"""Logits stay within -OPEN and OPEN, where a gate is shut or open but for 0.7 %."""
+"""Logits stay within -OPEN and OPEN."""
 HEAD_START = 0.5
-"""Logit with which the gates of a uniform interval begin open, those of the steps between it shut."""
-COLDEST = 0.1
-"""Temperature of the gates at the end of the training, 1 at its beginning: soft gates become the hard ones of the plan, which
-do not know that half of a value is nearly as good as all of it."""
+"""Logit with which the gates of the schedule that training starts from begin open; the others begin shut by as much."""
+CHECKS = 8
+"""How often in a training the plan of the gates is measured."""
+PATIENCE = 3
+"""Measurements without a gain after which training ends."""
+TRIES = 8
+"""Schedules of whole steps that are measured before training."""
 
 
 @dataclass
@@ -47,7 +53,6 @@ class Gates:
         sites: names of the branches.
         costs: (branches,) share of a full call's MACs of each.
         weights: (steps,) of the steps' losses.
-        temperature: of the gates.
     """
 
     logits: Tensor
@@ -55,15 +60,14 @@ class Gates:
     sites: tuple[str, ...]
     costs: Tensor
     weights: Tensor
-    temperature: float = 1.0
 
     def gate(self, step: int, site: int) -> Tensor:
         """How much of a branch's value is computed, 0 to 1."""
-        return (self.logits[step, site] / self.temperature).sigmoid()
+        return self.logits[step, site].sigmoid()
 
     def share(self, step: int | None = None) -> Tensor:
         """Expected MACs of a step, or of all on average, as a share of computing everything."""
-        gates = torch.where(self.learned[:, None], (self.logits / self.temperature).sigmoid(), 1.0)
+        gates = torch.where(self.learned[:, None], self.logits.sigmoid(), 1.0)
         saved = ((1 - gates) * self.costs).sum(1)
         return 1 - (saved.mean() if step is None else saved[step])
 
@@ -94,6 +98,9 @@ def train(
 ) -> tuple[CachePlan, Quality]:
     """The router's plan, and its quality on samples that it was not trained on.
 
+    Of three tables the one that errs least on these: a uniform interval, the best schedule of whole steps, and what training
+    made of the better one of the two. Which it is, and all errors, are in the plan's ``provenance``.
+
     Raises:
         FewstepError: for a budget that is no share of the MACs, or that cannot be kept.
     """
@@ -104,73 +111,124 @@ def train(
     model = denoisers(train.pipe)[0]
     sites = tuple(method.gates(family_of(model)))
     costs = shares(CachePlan(sites, np.zeros((1, len(sites)), dtype=np.int8)), model)
-    gates = _fresh(method, sites, costs, train.steps, budget.value)
-    uniform = gates.actions(budget.value)  # refuses a budget that cannot be kept, before the training
-    uncached = test.latents()
+    bench = _Bench(method, sites, train, train.latents(), tick)
+    interval = every(train.steps, max(round(1 / budget.value), 1))
+    gates = _fresh(method, sites, costs, interval)
+    tables = {"uniform": gates.actions(budget.value)}  # refuses a budget that cannot be kept, before the training
     tick("uncached runs")
-    lesson = _Lesson(gates, method, budget.value)
-    first = -(-method.iterations // 2) if method.scheme == "harmonica" else method.iterations
+    if method.scheme == "harmonica" and (count := affordable(budget.value, 1 - sum(costs), train.steps)) > 0:
+        tables["searched"] = _whole_steps(bench, count, gates, budget.value)
+    start = min(tables, key=lambda name: bench.error(tables[name]))
+    gates = _fresh(method, sites, costs, tables[start])
     with _frozen(model):
-        _practise(train, lesson, range(first), tick)
-        if first < method.iterations:
-            gates.weights = _weights(
-                _moved(train, gates, budget.value), lesson.errors if method.proxy == "sensitivity" else None
-            )
-            tick("weighing steps")
-            _practise(train, lesson, range(first, method.iterations), tick)
-    plan = _better(method, train, sites, (gates.actions(budget.value), uniform), tick)
-    return plan, measure(plan, test, uncached, plan.cost(model).share)
+        tables["trained"] = _trained(bench, gates, budget.value)
+    uncached, found = test.latents(), dict[str, tuple[CachePlan, Quality]]()
+    for name, table in tables.items():
+        plan = bench.plan(table)
+        found[name] = plan, measure(plan, test, uncached, plan.cost(model).share)
+        tick("comparing on samples held out")
+    best = min(found, key=lambda name: found[name][1].latent_rms)
+    told = {f"{name}_error": round(judged[1].latent_rms, 6) for name, judged in found.items()}
+    return replace(found[best][0], provenance={**told, "schedule": best}), found[best][1]
 
 
-def _better(
-    method: Router, train: Runs, sites: tuple[str, ...], tables: Sequence[Actions], tick: Callable[[str], None]
-) -> CachePlan:
-    """Of the trained gates and the uniform interval that they began as, what errs less where they were trained.
+@dataclass
+class _Bench:
+    """Measures tables on the samples of the training."""
 
-    Which of the two it is, and both errors, are in the plan's ``provenance``.
-    """
-    uncached, plans, errors = train.latents(), [], []
-    for actions in tables:
-        plan = CachePlan(sites, actions, method=method.describe())
-        if method.depth:
-            plan = replace(plan, predictor=fit(train, sites, actions, method.depth)[0])
-        with applied(train.pipe, plan):
-            errors.append(float((train.latents() - uncached).double().flatten(1).square().mean(1).sqrt().mean()))
-        plans.append(plan)
-        tick("comparing with the uniform interval")
-    trained = errors[0] < errors[1]
-    told = {"trained_error": errors[0], "uniform_error": errors[1], "schedule": "trained" if trained else "uniform"}
-    return replace(plans[0 if trained else 1], provenance=told)
+    method: Router
+    sites: tuple[str, ...]
+    runs: Runs
+    uncached: Tensor
+    tick: Callable[[str], None]
+
+    def plan(self, table: Actions) -> CachePlan:
+        """As one applies it; with the correction that was asked for."""
+        plan = CachePlan(self.sites, table, method=self.method.describe())
+        if self.method.depth:
+            plan = replace(plan, predictor=fit(self.runs, self.sites, table, self.method.depth)[0])
+        return plan
+
+    def error(self, table: Actions) -> float:
+        """Mean RMS change of the final latents, without a correction."""
+        with applied(self.runs.pipe, CachePlan(self.sites, table)):
+            latents = self.runs.latents()
+        self.tick("measuring gates")
+        return worst(float((latents - self.uncached).double().flatten(1).square().mean(1).sqrt().mean()))
 
 
-def _fresh(method: Router, sites: tuple[str, ...], costs: Sequence[float], steps: int, share: float) -> Gates:
+def _whole_steps(bench: _Bench, count: int, gates: Gates, budget: float) -> Actions:
+    """All branches computed at the best steps for that, and what the budget leaves besides."""
+    responses = Responses.measured(bench.runs, bench.sites, lambda: bench.tick("responses"))
+
+    def table(keys: Sequence[int]) -> Actions:
+        computed = [step in keys for step in range(bench.runs.steps)]
+        return replace(gates, logits=_logits(computed, len(gates.sites))).actions(budget)
+
+    return table(searched(responses, count, (0,), TRIES, lambda order, keys: bench.error(table(keys)))[1])
+
+
+def _fresh(method: Router, sites: tuple[str, ...], costs: Sequence[float], start: Sequence[bool] | Actions) -> Gates:
+    """Gates that begin as a schedule: which steps are computed, or a table of actions."""
+    steps = len(start)
     learned = torch.arange(steps) % 2 == 1 if method.scheme == "l2c" else torch.arange(steps) > 0
-    interval = every(steps, max(round(1 / share), 1))
-    start = torch.tensor([HEAD_START if computed else -HEAD_START for computed in interval])
-    logits = start[:, None].repeat(1, len(sites)).requires_grad_(True)
+    computed = start == Action.COMPUTE if isinstance(start, np.ndarray) else start
+    logits = _logits(computed, len(sites)).requires_grad_(True)
     return Gates(logits, learned, sites, torch.tensor(costs, dtype=torch.float64), torch.ones(steps))
 
 
-def _practise(runs: Runs, lesson: _Lesson, iterations: Sequence[int], tick: Callable[[str], None]) -> None:
-    """One trajectory an iteration, the batches in turn."""
-    starts = range(0, len(runs), runs.batch)
-    with _gated(runs, lesson):
-        for iteration in iterations:
-            lesson.gates.temperature = COLDEST ** (iteration / max(lesson.method.iterations - 1, 1))
+def _logits(computed: Any, sites: int) -> Tensor:
+    begun = torch.where(torch.as_tensor(computed), HEAD_START, -HEAD_START)
+    return begun if begun.ndim == 2 else begun[:, None].repeat(1, sites)
+
+
+def _trained(bench: _Bench, gates: Gates, budget: float) -> Actions:
+    """Train gates, one trajectory an iteration and the batches in turn; of the tables that they come by the best one.
+
+    Where they get worse they go back to that one and on at half the rate.
+    """
+    method, runs = bench.method, bench.runs
+    lesson, starts = _Lesson(gates, method, budget), range(0, len(runs), runs.batch)
+    table = gates.actions(budget)
+    best, waited = (bench.error(table), table), 0
+    for iteration in range(method.iterations):
+        lesson.table = gates.actions(budget)
+        with _gated(runs, lesson):
             runs.batch_latents(starts[iteration % len(starts)])
-            lesson.steer()
-            tick("training gates")
+        lesson.steer()
+        bench.tick("training gates")
+        if iteration == 0:  # from now on by what a step does to the end
+            moved = _moved(runs, bench.sites, lesson.table)
+            gates.weights = _weights(moved, lesson.errors if method.proxy == "sensitivity" else None)
+            bench.tick("weighing steps")
+        if (iteration + 1) % max(method.iterations // CHECKS, 1) == 0:
+            table = gates.actions(budget)
+            error = bench.error(table)
+            if error < best[0]:
+                best, waited = (error, table), 0
+                continue
+            lesson.rate, waited = lesson.rate / 2, waited + 1
+            with torch.no_grad():
+                gates.logits.copy_(_logits(best[1] == Action.COMPUTE, len(gates.sites)))
+            if waited == PATIENCE:
+                break
+    return best[1]
 
 
 class _Lesson:
-    """What happens at every call of the network in training: teacher, gated student, a step of the optimiser."""
+    """What happens at every call of the network in training: teacher, gated student, a step downhill.
+
+    The student runs the plan that the gates stand for at present, open or shut, and learns as if they were half open
+    (straight-through): what it sees are the states that the plan leads to.
+    """
 
     def __init__(self, gates: Gates, method: Router, budget: float) -> None:
-        self.gates, self.method, self.budget = gates, method, budget
-        self.optimizer = torch.optim.Adam([gates.logits], lr=method.rate)
+        self.gates, self.method, self.budget, self.rate = gates, method, budget, method.rate
+        self.table = gates.actions(budget)
         self.price = 1e-3  # of the MACs' share, in units of the relative error of a call
         self.cache: ModelCache | None = None
         self.errors: dict[int, float] = {}
+        self.power = 0.0
 
     def __call__(self, student: Run, teacher: Run) -> Any:
         if self.cache is None or self.cache.call is None:
@@ -184,22 +242,30 @@ class _Lesson:
             error = _relative(made, true)
             self.errors[step] = float(error.detach())
             loss = self.gates.weights[step] * error + self.price * self.gates.share(step)
-            self.optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            self.optimizer.step()
-        with torch.no_grad():
-            self.gates.logits.clamp_(-OPEN, OPEN)
+            (slope,) = torch.autograd.grad(loss, self.gates.logits)
+        self._descend(slope, step)
         return true if self.method.scheme == "l2c" else tree_map(_detached, made)
 
+    def _descend(self, slope: Tensor, step: int) -> None:
+        """Gradients of all steps and gates are scaled alike: how much larger one is than another is what there is to learn."""
+        power = float(slope[step].square().mean())
+        self.power = power if self.power == 0 else 0.95 * self.power + 0.05 * power
+        with torch.no_grad():
+            self.gates.logits -= self.rate * slope / max(self.power, 1e-30) ** 0.5
+            self.gates.logits.clamp_(-OPEN, OPEN)
+
     def fit(self, cell: Cell, step: int, true: Any) -> Any:
-        """A branch's value through its gate. What is kept is the mixture, as the student has it."""
-        gate = self.gates.gate(step, self.gates.sites.index(cell.site))
-        kept = cell.history[0]
-        leaves = tree_leaves(true)
+        """A branch's value through its gate. What is kept is what the plan keeps."""
+        site = self.gates.sites.index(cell.site)
+        soft, kept = self.gates.gate(step, site), cell.history[0]
+        is_open = bool(self.table[step, site] == Action.COMPUTE)
+        gate = soft - soft.detach() + float(is_open)
         mixed = [
-            t * gate + k * (1 - gate) if isinstance(t, Tensor) else t for t, k in zip(leaves, kept.leaves, strict=True)
+            t * gate + k * (1 - gate) if isinstance(t, Tensor) else t
+            for t, k in zip(tree_leaves(true), kept.leaves, strict=True)
         ]
-        cell.keep(step, kept.tree([_detached(m) for m in mixed]))
+        if is_open:
+            cell.keep(step, tree_map(_detached, true))
         return kept.tree(mixed)
 
     def steer(self) -> None:
@@ -213,14 +279,13 @@ def _relative(made: Any, true: Any) -> Tensor:
     return total / sum((t.float().square().mean() for _, t in pairs), torch.zeros(()))
 
 
-def _moved(runs: Runs, gates: Gates, budget: float) -> Tensor:
+def _moved(runs: Runs, sites: tuple[str, ...], actions: Actions) -> Tensor:
     """(steps,) mean square change of the final latents as each step's gates are switched on, one after the other."""
-    actions = gates.actions(budget)
     few = replace(runs, prompts=runs.prompts[: runs.batch], seeds=runs.seeds[: runs.batch])
     rows, before, moved = np.zeros_like(actions), few.latents(), [0.0]
     for step in range(1, len(actions)):
         rows[step] = actions[step]
-        with applied(runs.pipe, CachePlan(gates.sites, rows)):
+        with applied(runs.pipe, CachePlan(sites, rows)):
             after = few.latents()
         moved.append(float((after - before).double().square().mean()))
         before = after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import combinations
 
@@ -49,6 +49,26 @@ def even_keys(steps: int, count: int) -> tuple[int, ...]:
         return tuple(range(count))
     gap = (steps - 1) / (count - 1)
     return (0, *(int(1 + i * gap) for i in range(count - 1)))
+
+
+def even_with_last(steps: int, count: int) -> tuple[int, ...]:
+    """The first two steps and the last, and the others at even distances."""
+    if count < 3:
+        return tuple(range(count))
+    return (0, *(round(1 + i * (steps - 2) / (count - 2)) for i in range(count - 1)))
+
+
+def neighbours(keys: tuple[int, ...], steps: int) -> Iterator[tuple[int, ...]]:
+    """All schedules in which one computed step, not the first, is another."""
+    free = sorted({*range(1, steps)} - {*keys})
+    for moved in keys[1:]:
+        for place in free:
+            yield tuple(sorted({*keys} - {moved} | {place}))
+
+
+def affordable(share: float, reused: float, steps: int) -> int:
+    """The most steps that can be computed in full within a share of the MACs."""
+    return min(steps, int((share - reused) * steps / (1 - reused) + 1e-9)) if reused < 1 else 0
 
 
 def total_cost(steps: int, keys: tuple[int, ...], cost: Cost) -> float:

@@ -16,29 +16,35 @@ class DPCache(Method):
     """What ``caching.calibrate`` turns into a plan: one site, computed at the steps that dynamic programming picks.
 
     CacheQuant's schedule and decoupled error correction (arXiv 2503.01323), with these differences: what a reused step costs
-    is what the best affine prediction leaves, times how much an error there moves the final latents; a prediction may read
-    the last two computed values; an even schedule and plain extrapolation are tried too, and held-out samples choose; and
-    the schedule is refined by measuring.
+    is how far it moves the final latents, measured; the schedule that costs least is the start of a local search in which
+    these moves are added as vectors; a prediction may read the last three computed values; beside the per-channel affine
+    correction weights are fitted to the final latents themselves; and plain methods at the same budget are tried too.
+    Held-out samples choose.
 
     Attributes:
         budget: share of the MACs of computing everything.
-        at: sites to choose from; those that the model's family offers where left out.
-        depth: computed values that a prediction reads, 1 or 2.
-        refine: schedules tried in the neighbourhood of the best.
+        at: sites to choose from; those that the model's family offers where left out. Where given, plain methods of other
+            sites are not tried.
+        depth: computed values that a prediction reads, 1 to 3.
+        refine: schedules that are measured, of those that the search ranks first.
+        polish: most iterations of the fit of weights to the final latents, each of about (depth - 1) runs for every step
+            that is reused; 0 for none.
     """
 
     budget: float | None = 0.5
     at: tuple[str, ...] | None = None
-    depth: int = 2
-    refine: int = 24
+    depth: int = 3
+    refine: int = 12
+    polish: int = 3
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 < self.budget <= 1:
             raise FewstepError(f"budget is {self.budget}; give a share of the MACs above 0, at most 1")
-        if self.depth not in (1, 2):
-            raise FewstepError(f"depth is {self.depth}; give 1 or 2 computed values")
-        if self.refine < 0:
-            raise FewstepError(f"refine is {self.refine}; give 0 or more schedules to try")
+        if self.depth not in (1, 2, 3):
+            raise FewstepError(f"depth is {self.depth}; give 1 to 3 computed values")
+        for name in ("refine", "polish"):
+            if getattr(self, name) < 0:
+                raise FewstepError(f"{name} is {getattr(self, name)}; give a whole number, 0 for none")
 
     def sites(self, family: Family) -> list[str]:
         raise FewstepError(

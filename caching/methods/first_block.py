@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fewstep.caching.families import Family
 from fewstep.caching.method import Entry
-from fewstep.caching.methods.online import OnlineMethod, Watch, positive, relative_change, transformer
+from fewstep.caching.methods.online import OnlineMethod, Watch, positive, transformer
+from fewstep.caching.methods.voting import decisive, on_host, relative_change
 from fewstep.caching.predictors import Hold, Predictor
 from fewstep.caching.roles import first_tensor
 from fewstep.errors import FewstepError
@@ -90,7 +91,10 @@ class _FrontResidual(Watch):
         self.residual = first_tensor(entry.args, entry.kwargs) - entry.probes[PROBE]
 
     def admits(self, entry: Entry) -> bool:
-        return self.computed is not None and relative_change(self.residual, self.computed).item() < self.threshold
+        if self.computed is None or self.computed.shape != self.residual.shape:  # the batch was halved
+            return False
+        vote = self.limits.vote
+        return decisive(on_host(relative_change(self.residual, self.computed, vote)), vote) < self.threshold
 
     def recompute(self, entry: Entry) -> None:
         self.computed = self.residual

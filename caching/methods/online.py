@@ -5,22 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from fewstep.caching.actions import Action
 from fewstep.caching.families import Family
 from fewstep.caching.families.transformer import TransformerFamily
 from fewstep.caching.families.unet import UNetFamily
 from fewstep.caching.method import Decider, Entry, Method
+from fewstep.caching.methods.voting import agreed, check_vote
+from fewstep.caching.roles import first_tensor
 from fewstep.errors import FewstepError
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineMethod(Method):
-    """Base of methods that look at each call before they decide. One decision holds for the whole batch.
+    """Base of methods that look at each call before they decide. One decision holds for the whole batch, and for all ranks.
 
     Attributes:
+        vote: how the samples of a batch agree, see :data:`~fewstep.caching.methods.voting.VOTES`.
+        ranks: whether, where ``torch.distributed`` is initialised, one rank that computes makes all compute: needed where ranks
+            share the network, to be turned off where each draws by itself.
         warmup: steps that are computed at the start, at least 1.
         cooldown: steps that are computed at the end (where the number of steps is known).
         max_run: longest run of reused steps; None for no limit.
@@ -34,9 +36,12 @@ class OnlineMethod(Method):
     max_run: int | None = None
     max_reuse: int | None = None
     always: tuple[int, ...] = ()
+    vote: str = "batch"
+    ranks: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "always", tuple(self.always))
+        check_vote(self.vote)
         for name, least in (("warmup", 1), ("cooldown", 0)):
             if (value := getattr(self, name)) < least:
                 raise FewstepError(f"{name} is {value}; give a number of steps, at least {least}")
@@ -83,22 +88,18 @@ class Watch:
 
     def __call__(self, entry: Entry) -> Action:
         self.observe(entry)
-        if self.limits.free(entry, self.run, self.reused) and self.admits(entry):
+        if self.limits.free(entry, self.run, self.reused) and self._agreed(entry):
             self.run, self.reused = self.run + 1, self.reused + 1
             return Action.REUSE
         self.run = 0
         self.recompute(entry)
         return Action.COMPUTE
 
+    def _agreed(self, entry: Entry) -> bool:
+        return agreed(self.admits(entry), first_tensor(entry.args, entry.kwargs).device, self.limits.ranks)
+
     def keeps(self, step: int, site: int) -> bool:
         return True
-
-
-def relative_change(new: Tensor, old: Tensor) -> Tensor:
-    """|new - old|_1 / |old|_1, summed in float32; 0-d, on the tensors' device. 0 / 0 is no change."""
-    change = (new - old).abs().sum(dtype=torch.float32)
-    norm = old.abs().sum(dtype=torch.float32)
-    return torch.where(change > 0, change / norm, change)
 
 
 def whole_stack(family: Family, method: str) -> str:

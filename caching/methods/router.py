@@ -17,8 +17,8 @@ PROXIES = ("sensitivity", "image")
 class Router(Method):
     """What ``caching.calibrate`` trains into a plan: a gate for every step and branch; the network's weights stay.
 
-    While training a branch gives w F + (1 - w) F_kept with w = sigmoid(logit); the plan computes the branches whose gates are
-    widest, as many as the budget allows.
+    While training a branch gives w F + (1 - w) F_kept, w = 1 for an open gate and 0 for a shut one, with the derivative of the
+    logit's sigmoid; the plan computes the branches whose logits are largest, as many as the budget allows.
 
     ``harmonica``: all steps but the first are gated, along the trajectory that the gated network itself takes, and a step's
     loss is weighted by what switching its gates on does to the final latents (HarmoniCa: Harmonizing Training and Inference
@@ -26,17 +26,18 @@ class Router(Method):
     computed in full, and the trajectory is that of the ungated network (Learning-to-Cache: Accelerating Diffusion
     Transformer via Layer Caching, arXiv 2406.01733, which draws its states by noising training images instead).
 
-    What differs from what is published: gates begin as a uniform interval and are cooled while they are trained; if the
-    plan of the trained gates errs more than that interval, the interval is what one gets, and ``provenance`` says so. The
-    weight of the gates' sum is steered to the budget (dual ascent). And a step's loss is weighted by how much the final
-    latents move for an error of that size there; HarmoniCa's image error proxy (``proxy="image"``) takes how much they
-    move, whatever the size of the error.
+    What differs from what is published: gates begin as the best schedule of whole steps that a search finds (``l2c``: as a
+    uniform interval) and are hard all along; the plan is measured now and then, training ends when it gets no better, and if
+    on held-out samples it errs more than the schedule that it began as, or than the uniform interval, these are what one
+    gets: ``provenance`` says which. The weight of the gates' sum is steered to the budget (dual ascent). And a step's loss is
+    weighted by how much the final latents move for an error of that size there; HarmoniCa's image error proxy
+    (``proxy="image"``) takes how much they move, whatever the size of the error.
 
     Attributes:
         budget: share of the MACs of computing everything.
         scheme: ``harmonica`` or ``l2c``.
-        iterations: trajectories to train on, one batch each.
-        rate: Adam's learning rate of the logits.
+        iterations: most trajectories to train on, one batch each.
+        rate: step of a logit whose gradient is of the usual size.
         proxy: weights of the steps' losses, ``sensitivity`` or ``image``.
         depth: computed values that a fitted affine correction of the finished plan reads, 1 or 2; 0 holds, as published.
         at: names of sites; all branches where left out.
@@ -45,7 +46,7 @@ class Router(Method):
     budget: float | None = 0.5
     scheme: str = "harmonica"
     iterations: int = 40
-    rate: float = 0.2
+    rate: float = 0.05
     proxy: str = "sensitivity"
     depth: int = 0
     at: tuple[str, ...] | None = None

@@ -12,7 +12,8 @@ from torch import Tensor
 from fewstep.caching.families import Family
 from fewstep.caching.families.modulation import embedded_time, modulated_input, plain_input
 from fewstep.caching.method import Entry
-from fewstep.caching.methods.online import OnlineMethod, Watch, positive, relative_change, whole_stack
+from fewstep.caching.methods.online import OnlineMethod, Watch, positive, whole_stack
+from fewstep.caching.methods.voting import decisive, on_host, relative_change
 from fewstep.caching.profiling import See, Sight, watch_runs
 from fewstep.errors import FewstepError, unknown
 
@@ -100,18 +101,19 @@ class _InputChange(Watch):
         self.look, self.polynomial = SIGNALS[signal], polynomial
         self.seen: Tensor | None = None
         self.change: Tensor | None = None
-        self.accumulated = 0.0
+        self.accumulated: Any = 0.0  # of each sample, where these vote
 
     def observe(self, entry: Entry) -> None:
         new, old = self.look(entry.module, entry.args, entry.kwargs), self.seen
-        self.change = relative_change(new, old) if old is not None and old.shape == new.shape else None
+        comparable = old is not None and old.shape == new.shape
+        self.change = relative_change(new, old, self.limits.vote) if old is not None and comparable else None
         self.seen = new
 
     def admits(self, entry: Entry) -> bool:
         if self.change is None:
             return False
-        self.accumulated += float(np.polyval(self.polynomial, self.change.item()))
-        return self.accumulated < self.threshold
+        self.accumulated = self.accumulated + np.polyval(self.polynomial, on_host(self.change))
+        return decisive(np.asarray(self.accumulated), self.limits.vote) < self.threshold
 
     def recompute(self, entry: Entry) -> None:
         self.accumulated = 0.0

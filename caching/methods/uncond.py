@@ -71,6 +71,7 @@ class UncondReuse(GuidanceWindow):
         predict: makes d.
     """
 
+    knob: ClassVar[str | None] = "interval"
     interval: int = 2
     warmup: int = 1
     cooldown: int = 0
@@ -105,6 +106,7 @@ class CFGCache(Method):
         uncond: as in :class:`GuidanceWindow`.
     """
 
+    knob: ClassVar[str | None] = "interval"
     interval: int = 5
     start: float = 0.36
     low: float = 1.1

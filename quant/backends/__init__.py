@@ -16,18 +16,20 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError, unknown
 from fewstep.quant.backends.base import Backend
+from fewstep.quant.backends.extension import Extension
 from fewstep.quant.backends.fused import Fused
 from fewstep.quant.backends.native import Native
 from fewstep.quant.backends.onednn import OneDNN
 from fewstep.quant.backends.reference import Reference
+from fewstep.quant.backends.torchao import TorchAO
 from fewstep.quant.formats import Format, Sign
 
 if TYPE_CHECKING:
     from fewstep.quant.layers.base import QuantLayer
 
 REFERENCE = Reference()
-ALL: tuple[Backend, ...] = (OneDNN(), Fused(), Native(), REFERENCE)
-"""In the order in which they are preferred."""
+ALL: tuple[Backend, ...] = (OneDNN(), Fused(), Native(), Extension(), REFERENCE, TorchAO())
+"""In the order in which they are preferred; what comes after the reference is used by name only."""
 BY_NAME = {backend.name: backend for backend in ALL}
 
 
@@ -81,21 +83,23 @@ def _probed(name: str, activation: str | None, weight: str, device: str) -> str 
     backend, there = named(name), torch.device(device)
     a, w = None if activation is None else Format.parse(activation), Format.parse(weight)
     reason = backend.missing(there) or backend.refuses(a, w)
-    if reason or backend is REFERENCE or a is None:
+    if reason or backend is REFERENCE:
         return reason
-    columns = 64 * max(1, a.group // 64, w.group // 64)
+    columns = 64 * max(1, (a.group if a else 0) // 64, w.group // 64)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(32, columns, generator=generator) for _ in range(2))
     x[:8], y[:8] = x[:8].abs(), y[:8].abs()  # sums as large as they get: where narrow accumulators saturate
-    left, right = a.encode(x.to(there)), w.encode(y.to(there))
+    left, right = None if a is None else a.encode(x.to(there)), w.encode(y.to(there))
     try:
-        got = backend.product(left, backend.pack(right)).cpu()
+        packed = backend.pack(right)
+        got = (backend.floats(x.to(there), packed) if left is None else backend.product(left, packed)).cpu()
     except Exception as error:  # whatever a kernel raises here, the layer can still be computed
         reason = f"failed its probe: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     else:
-        expected = left.decode().cpu().double() @ right.decode().cpu().double().T
+        inputs, decoded = (x if left is None else left.decode()).cpu().double(), right.decode().cpu().double()
+        expected = inputs @ decoded.T
         # float32 sums of K products, each off by a rounding: K 2^-24 of their magnitudes
-        bound = left.decode().cpu().double().abs() @ right.decode().cpu().double().abs().T * columns * 2.0**-24
+        bound = inputs.abs() @ decoded.abs().T * columns * 2.0**-24
         if bool(((got.double() - expected).abs() <= bound).all()):
             return None
         reason = f"failed its probe: off by {float((got - expected).norm() / expected.norm()):.1%}"
@@ -111,7 +115,7 @@ def why_not(backend: Backend, layer: QuantLayer, x: Tensor) -> str | None:
     reason = problem_of(backend, _spelled(plan.activation), str(plan.weight), str(x.device))
     if reason:
         return reason
-    if len(layer.shape) == 4:
+    if not layer.pointwise:
         return backend.refuses_conv(layer)  # type: ignore[arg-type]
     return backend.refuses_shape(layer.shape[0], layer.columns)
 

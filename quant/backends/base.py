@@ -47,13 +47,19 @@ class Backend(ABC):
     def product(self, activation: Quantized, packed: Any) -> Tensor:
         """decode(activation) decode(weight)^T, (M, N) float32."""
 
+    def floats(self, x: Tensor, packed: Any) -> Tensor:
+        """x decode(weight)^T of inputs (M, K) that stay floats, (M, N); for backends that take such."""
+        raise NotImplementedError(f"{self.name} multiplies codes by codes")
+
     def refuses_conv(self, layer: QuantConv2d) -> str | None:
         """Why it cannot compute this convolution, None where it can."""
         return f"{self.name} has no convolution"
 
-    def linear(self, layer: QuantLinear, flat: Tensor) -> Tensor:
-        """The layer's output of inputs (M, K)."""
+    def linear(self, layer: QuantLinear | QuantConv2d, flat: Tensor) -> Tensor:
+        """The layer's output of inputs (M, K); a 1 x 1 convolution is a linear layer of its pixels."""
         packed = layer.remember(self.name, lambda: self.pack(layer.quantized_weight()))
+        if layer.plan.activation is None:
+            return layer.finish(self.floats(flat, packed), flat)
         return layer.finish(self.product(layer.encode_input(layer.prepare(flat)), packed), flat)
 
     def conv2d(self, layer: QuantConv2d, x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Fused(Backend):
         assert isinstance(out, Tensor)
         return out
 
-    def linear(self, layer: QuantLinear, flat: Tensor) -> Tensor:
+    def linear(self, layer: QuantLinear | QuantConv2d, flat: Tensor) -> Tensor:
         plan = layer.plan
         assert plan.activation is not None
         if plan.static or (plan.rank and plan.rank > 128):

@@ -80,7 +80,7 @@ class OneDNN(Backend):
         codes = codes.contiguous()
         return _scaled(_multiplied(codes, offset, packed.kernel, packed.scale, packed.zeros), activation, packed)
 
-    def linear(self, layer: QuantLinear, flat: Tensor) -> Tensor:
+    def linear(self, layer: QuantLinear | QuantConv2d, flat: Tensor) -> Tensor:
         if layer.plan.activation != _PLAIN or layer.input_scale is not None:
             return super().linear(layer, flat)
         packed = layer.remember(self.name, lambda: self.pack(layer.quantized_weight()))
@@ -106,7 +106,7 @@ class OneDNN(Backend):
         else:
             # A zero point is no zero: the border must be there when codes are made.
             ready = F.pad(ready, (pad[1], pad[1], pad[0], pad[0])) if activation.has_zero else ready
-            q = activation.encode(ready.flatten(1), layer.input_scale, layer.input_zero)
+            q = activation.encode(ready.flatten(1), *layer.stored_input())
             codes = _unsigned(q)[0].reshape(ready.shape)
             scale, zero = q.scale[:, :, None, None], q.zero
         out = torch.ops.onednn.qconv2d_pointwise(

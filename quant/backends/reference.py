@@ -38,7 +38,7 @@ class Reference(Backend):
     def refuses_conv(self, layer: QuantConv2d) -> str | None:
         return None
 
-    def linear(self, layer: QuantLinear, flat: Tensor) -> Tensor:
+    def linear(self, layer: QuantLinear | QuantConv2d, flat: Tensor) -> Tensor:
         if layer.plan.activation is None:
             dtype = flat.dtype  # the product in the model's own precision, as the layer was before
             return layer.finish(F.linear(flat, layer.decoded.to(dtype)), flat)
@@ -48,5 +48,5 @@ class Reference(Backend):
         weight = weight_tensor(layer.decoded, layer.shape)
         if layer.plan.activation is None:
             return layer.finish(layer.convolve(x, weight.to(x.dtype)), x)
-        rounded = images(layer.round_input(pixels(layer.prepare(x))), x.shape)
+        rounded = images(layer.round_input(pixels(layer.prepare(x), layer.shape)), x.shape)
         return layer.finish(layer.convolve(rounded, weight), x)

@@ -1,24 +1,34 @@
-"""Calibration data: calls of the network as its own sampler makes them, spread evenly over the time steps."""
+"""Calibration data: calls of a network, in any of the forms in which they are given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.eval.costs.calls import batch_of, denoisers
+from fewstep.eval.costs.calls import batch_of
+
+if TYPE_CHECKING:
+    from fewstep.caching.calibration.runs import Runs
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one forward call of a network."""
+    """The arguments of one forward call of a network.
+
+    Attributes:
+        args, kwargs: as the network takes them.
+        samples: which sample of the recording each row of the batch belongs to, where that is known; the halves of guidance
+            belong to the same.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = ()  # type: ignore[assignment]
+    samples: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kwargs", dict(self.kwargs))
@@ -47,7 +57,8 @@ class Call:
                 return value[index.to(value.device)]
             return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        return Call(tuple(map(cut, self.args)), {name: cut(value) for name, value in self.kwargs.items()})
+        samples = None if self.samples is None else tuple(self.samples[row] for row in rows)
+        return Call(tuple(map(cut, self.args)), {name: cut(value) for name, value in self.kwargs.items()}, samples)
 
     def to(self, device: torch.device | str) -> Call:
         def move(value: Any) -> Any:
@@ -55,11 +66,24 @@ class Call:
                 return value.detach().to(device)
             return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        return Call(tuple(map(move, self.args)), {name: move(value) for name, value in self.kwargs.items()})
+        kwargs = {name: move(value) for name, value in self.kwargs.items()}
+        return Call(tuple(map(move, self.args)), kwargs, self.samples)
 
     def run(self, network: nn.Module) -> Tensor:
         """The network's output, of a dataclass or a tuple the first tensor."""
         return first_tensor(network(*self.args, **self.kwargs))
+
+
+class Recording(list[Call]):
+    """The calls of a sampler in their order, and what it takes to run it once more.
+
+    Attributes:
+        runs: the pipeline with its prompts, seeds and steps.
+    """
+
+    def __init__(self, calls: Iterable[Call], runs: Runs) -> None:
+        super().__init__(calls)
+        self.runs = runs
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -88,7 +112,7 @@ def as_calls(calibration: Any, *, what: str = "calibration") -> list[Call]:
         raise FewstepError(f"{what} has no calls; give at least one")
     for i, call in enumerate(calls):
         _check(call, f"{what}, call {i}")
-    return calls
+    return Recording(calls, calibration.runs) if isinstance(calibration, Recording) else calls
 
 
 def _as_call(entry: Any, what: str) -> Call:
@@ -114,59 +138,3 @@ def _check(call: Call, where: str) -> None:
             raise FewstepError(
                 f"{where}: {name} is constant ({float(largest.reshape(-1)[0]):g}); give what the sampler gives the network"
             )
-
-
-def record(
-    pipe: Any,
-    prompts: Sequence[str] = ("",),
-    *,
-    num_inference_steps: int = 20,
-    samples: int = 8,
-    guidance: float = 4.0,
-    seed: int = 0,
-    keep: int | None = None,
-    component: nn.Module | None = None,
-) -> list[Call]:
-    """What a pipeline's network is called with while it draws: every step alike, as Q-Diffusion samples.
-
-    Args:
-        pipe: a diffusers pipeline; its scheduler and its own weights make the trajectory.
-        prompts: cycled; names of classes for a model that draws classes, nothing for an unconditional one.
-        num_inference_steps: of the trajectory. Statistics belong to the sampler they were taken with.
-        samples: images drawn, in one batch.
-        guidance: scale; the halves of a guided batch both count.
-        seed: of the first image.
-        keep: samples kept of every call, drawn from its batch; all where left out.
-        component: which network, where the pipeline has two.
-
-    Returns:
-        One call a network call, in order, on the CPU.
-
-    Raises:
-        FewstepError: for fewer than one image or step.
-
-    Source: Q-Diffusion, 2302.04304, algorithm 1.
-    """
-    from fewstep.eval.checks import at_least
-    from fewstep.eval.drawing.batch import borrowed, draw
-
-    for what, value in (("num_inference_steps", num_inference_steps), ("samples", samples)):
-        at_least(what, value, 1)
-    calls: list[Call] = []
-    generator = torch.Generator().manual_seed(seed)
-
-    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call(args, kwargs)
-        if keep is not None and keep < call.batch:
-            call = call.select(sorted(torch.randperm(call.batch, generator=generator)[:keep].tolist()))
-        calls.append(call.to("cpu"))
-
-    network = component or denoisers(pipe)[0]
-    handle = network.register_forward_pre_hook(keep_call, with_kwargs=True)
-    try:
-        with borrowed(pipe):
-            wanted = [prompts[i % len(prompts)] for i in range(samples)]
-            draw(pipe, wanted, range(seed, seed + samples), steps=num_inference_steps, guidance=guidance)
-    finally:
-        handle.remove()
-    return calls

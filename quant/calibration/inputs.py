@@ -28,6 +28,8 @@ class LayerInputs:
         channel_max: (K,) or (C,), the largest magnitude of each input channel over everything that was seen.
         low, high: a number for each call that reached the layer, the range of its inputs.
         calls: which calls those were.
+        times: what the network was told at each of them, NaN where nothing.
+        counts: how many rows of the sample each of them gave.
         first: (K,) the first token's input, where it was the same in all samples of all calls.
     """
 
@@ -37,6 +39,8 @@ class LayerInputs:
     high: Tensor
     calls: tuple[int, ...]
     first: Tensor | None = None
+    times: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
 
 
 @dataclass
@@ -46,6 +50,7 @@ class _Gathered:
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     first: list[Tensor] = field(default_factory=list)
 
     def finished(self, name: str) -> LayerInputs:
@@ -55,7 +60,10 @@ class _Gathered:
         if not bool(torch.isfinite(sample).all()):
             raise FewstepError(f"{name} saw NaN or infinity during calibration")
         low, high = (torch.tensor(v, dtype=torch.float64) for v in (self.low, self.high))
-        return LayerInputs(sample, self.top, low, high, tuple(self.calls), self._constant_first())
+        return LayerInputs(
+            sample, self.top, low, high, tuple(self.calls), self._constant_first(), tuple(self.times),
+            tuple(map(len, self.parts)),
+        )  # fmt: skip
 
     def _constant_first(self) -> Tensor | None:
         if not self.first:
@@ -150,7 +158,9 @@ def _pass(
 
     def keeper(site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            _keep(found[site.name], site, args[0].detach(), current, share, generator)
+            into = found[site.name]
+            _keep(into, site, args[0].detach(), current, share, generator)
+            into.times.append(calls[current].timestep)
 
         return hook
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.quant.formats import Quantized
 from fewstep.quant.layer_plan import LayerPlan
+from fewstep.quant.layers.moment import Moment
 from fewstep.quant.views import weight_tensor
 
 WEIGHT = ("codes", "scale", "zero", "tensor_scale")
@@ -42,6 +43,7 @@ class QuantLayer(nn.Module):
         shape: of the weight that it replaces.
         backend: the name of the backend to compute with, or ``auto``.
         added: directions that LoRA adapters added to the branch.
+        moment: which of the plan's times the network is called at.
     """
 
     plan: LayerPlan
@@ -67,11 +69,17 @@ class QuantLayer(nn.Module):
         self.backend = "auto"
         self.added = 0
         self.memory: dict[Any, Any] = {}
+        self.moment: Moment | None = None
         for name in ARRAYS:
             value = arrays.get(name)
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
 
     # -- weight -------------------------------------------------------------------------------------------------------
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a product of rows with the weight matrix; a convolution may not be."""
+        return True
+
     @property
     def columns(self) -> int:
         """K of the weight matrix."""
@@ -112,16 +120,23 @@ class QuantLayer(nn.Module):
         return self.memory[key]
 
     # -- input --------------------------------------------------------------------------------------------------------
+    def stored_input(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and zero point of this call's inputs, where they are stored."""
+        if not self.plan.times or self.input_scale is None:
+            return self.input_scale, self.input_zero
+        moment = self.moment or Moment(self.plan.times)
+        return moment.pick(self.input_scale), None if self.input_zero is None else moment.pick(self.input_zero)
+
     def encode_input(self, matrix: Tensor) -> Quantized:
         """Codes of prepared inputs."""
         assert self.plan.activation is not None
-        return self.plan.activation.encode(matrix, self.input_scale, self.input_zero)
+        return self.plan.activation.encode(matrix, *self.stored_input())
 
     def round_input(self, matrix: Tensor) -> Tensor:
         """``encode_input(matrix).decode()``."""
         if self.plan.activation is None:
             return matrix
-        return self.plan.activation.round(matrix, self.input_scale, self.input_zero)
+        return self.plan.activation.round(matrix, *self.stored_input())
 
     # -- torch --------------------------------------------------------------------------------------------------------
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:

@@ -35,8 +35,19 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc, override]
         self.kernel_size = (shape[2], shape[3])
         self._reversed_padding_repeated_twice = geometry["border"]  # what torch pads by in the modes that are not zeros
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a linear layer of pixels, and computed as one."""
+        return self.kernel_size == (1, 1) and self.groups == 1 and self.padding in (0, (0, 0), "valid")
+
     def forward(self, input: Tensor) -> Tensor:
-        return choose(self, input).conv2d(self, input)
+        backend = choose(self, input)
+        if not self.pointwise:
+            return backend.conv2d(self, input)
+        down, across = self.stride
+        x = input[..., ::down, ::across].permute(0, 2, 3, 1)
+        out = backend.linear(self, x.reshape(-1, self.in_channels))
+        return out.reshape(*x.shape[:-1], -1).permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """conv2d of the layer's geometry."""
@@ -44,18 +55,23 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc, override]
         return out
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Inputs as the quantiser takes them: shifted, divided by the smoothing factors, float32, (B, C, H, W)."""
+        """Inputs as the quantiser takes them, divided by the smoothing factors: (B, C, H, W), or (M, C) of pixels."""
         ready = x.float()
-        if self.plan.shift:
-            ready = ready + self.plan.shift
-        return ready if self.smooth is None else ready / self.smooth.float()[:, None, None]
+        return ready if self.smooth is None else ready / _by_channel(self.smooth, x)
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """The convolved codes with the bias and the branch of the raw inputs added, in the inputs' dtype."""
         if self.bias is not None:
-            out = out + self.bias.float()[:, None, None]
-        if self.down is not None and self.up is not None:
+            out = out + _by_channel(self.bias, x)
+        if self.down is not None and self.up is not None and x.ndim == 2:
+            out = out + F.linear(F.linear(x.to(self.down.dtype), self.down), self.up).float()
+        elif self.down is not None and self.up is not None:
             down = weight_tensor(self.down, (len(self.down), *self.shape[1:]))
             branch = self.convolve(x.to(down.dtype), down)
             out = out + F.conv2d(branch, self.up[:, :, None, None]).float()
         return out.to(x.dtype)
+
+
+def _by_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Values by channel for images or rows of pixels like ``x``."""
+    return values.float() if x.ndim == 2 else values.float()[:, None, None]

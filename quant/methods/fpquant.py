@@ -89,7 +89,7 @@ class FPQuant(Nearest):
         for site, inputs in gather(model, quantised, calls, rows=256):
             layer = plan.layers[site.name]
             assert layer.activation is not None
-            matrix = pixels(inputs.sample) if site.is_conv else inputs.sample
+            matrix = pixels(inputs.sample, site.shape) if site.is_conv else inputs.sample
             changes[site.name] = replace(
                 layer, activation=best_split(matrix, layer.activation, self.activation_bits, self.hardware, clip=False)
             )

@@ -18,6 +18,7 @@ from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays
 from fewstep.quant.methods.base import FLAT, SKIPPED, Method, fit, storage_of
 from fewstep.quant.methods.shortcuts import joints
+from fewstep.quant.methods.times import input_scales, stored, with_times
 from fewstep.quant.plan import QuantPlan
 from fewstep.quant.sites import Site
 
@@ -111,16 +112,36 @@ class Ranged(Nearest):
     Attributes:
         static: one scale (and zero point) a layer from the largest range of the calibration calls, instead of one a token or
             sample made at every call. Costs less there and more error; inputs beyond the range saturate.
+        times: how many times have a scale of their own, at most as many as the calls are told; with ``static``. 0 for one
+            scale at all times.
+        error: bound on the output error ||y_q - y|| / ||y|| over the calibration calls: the layers that add most to it for
+            the multiplications they make stay in floating point. None quantises all.
     """
 
     static: bool = field(default=False, kw_only=True)
+    times: int = field(default=0, kw_only=True)
+    error: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.times < 0 or (self.times and not self.static):
+            raise FewstepError(f"times is {self.times}; give 0, or with static=True how many times have their own scales")
+
+    def plan(self, model: nn.Module, calls: Sequence[Call] = ()) -> QuantPlan:
+        plan = with_times(super().plan(model, calls), calls, self.times)
+        if self.error is None:
+            return plan
+        if self.static:
+            raise FewstepError("error= measures scales made at every call; give static=False")
+        from fewstep.quant.allocation.within import within_error
+
+        return within_error(model, plan, calls, self.error)
 
     def decide(self, site: Site) -> LayerPlan | str:
         plan = super().decide(site)
         if isinstance(plan, str) or plan.activation is None or not self.static:
             return plan
-        whole = replace(plan.activation, granularity="tensor", group=0, scale="f32")
-        return replace(plan, activation=whole, static=True)
+        return stored(plan)
 
     def reads(self, site: Site) -> bool:
         return self.static and site.role not in FLAT
@@ -128,18 +149,13 @@ class Ranged(Nearest):
     def arrays(self, site: Site, plan: LayerPlan, inputs: LayerInputs | None) -> dict[str, Tensor]:
         if not plan.static:
             return super().arrays(site, plan, inputs)
-        if inputs is None:
-            raise FewstepError("stored input scales follow from calibration; give some, see quant.record")
-        assert plan.activation is not None
-        ends = torch.stack([inputs.low.min(), inputs.high.max()]).float().reshape(1, 2)
-        scale, zero, _ = plan.activation.scales(ends)
-        extra = {"input_scale": scale} | ({} if zero is None else {"input_zero": zero})
-        return layer_arrays(site.module, plan, extra=extra)
+        return layer_arrays(site.module, plan, extra=input_scales(site, plan, inputs))
 
 
 @dataclass(frozen=True)
 class Int8(Ranged):
-    """8-bit integers: weights with a scale a row, inputs with one a token; of convolutions one a sample, with a zero point.
+    """8-bit integers: weights with a scale a row, inputs with one a token; of convolutions one a sample, with a zero point,
+    of those of 1 x 1 one a pixel.
 
     ``auto`` is int8, on CPUs whose int8 instructions saturate int7, which they multiply exactly.
     """

@@ -59,7 +59,7 @@ class Trial:
         x = self.x if smooth is None else self.x / (smooth[:, None, None] if self.is_conv else smooth)
         if format is None:
             return x
-        return images(format.round(pixels(x)), x.shape) if self.is_conv else format.round(x)
+        return images(format.round(pixels(x, self.shape)), x.shape) if self.is_conv else format.round(x)
 
     def error(
         self, rounded: Tensor, matrix: Tensor, branch: Branch | None = None, smooth: Tensor | None = None

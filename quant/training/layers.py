@@ -26,18 +26,22 @@ class Trainable:
         weight: ``full``, every number; ``low rank``, a product of two thin matrices that is added before rounding and so
             merges into the codes (QALoRA); ``none``.
         rank: of that product.
-        scales: whether scales are trained too.
+        scales: whether the weight's scales are trained too.
         bias: whether the bias is.
+        inputs: whether stored scales of inputs are, those of every time (EfficientDM's temporal step sizes).
     """
 
     weight: Literal["full", "low rank", "none"] = "full"
     rank: int = 32
     scales: bool = True
     bias: bool = True
+    inputs: bool = True
 
 
 class TrainedLayer(nn.Module):
     """Rounds W + delta with trained scales, and the inputs as the plan says, gradients passed straight through.
+
+    Smoothing and a shift of the inputs are not known to it.
 
     Source: EfficientDM, 2310.03270, eq. 5 (low rank); LSQ, 1902.08153 (scales).
     """
@@ -61,6 +65,11 @@ class TrainedLayer(nn.Module):
             torch.zeros(n, device=weight.device) if bias is None else bias.detach().float().clone()
         )
         self.bias.requires_grad_(what.bias)
+        self.moment, self.zeros = quantized.moment, quantized.input_zero
+        self.first_scale = quantized.input_scale
+        self.input_stretch = None
+        if self.first_scale is not None and what.inputs:
+            self.input_stretch = nn.Parameter(torch.zeros_like(self.first_scale))
         self.a = self.b = self.delta = None
         if what.weight == "full":
             self.delta = nn.Parameter(torch.zeros_like(self.base))
@@ -89,15 +98,30 @@ class TrainedLayer(nn.Module):
             return signs_through(self.merged(), self.plan.weight, scale)
         return rounded_through(self.merged(), self.plan.weight, scale, self.start.zero, self.start.tensor_scale)
 
+    def input_scales(self) -> Tensor | None:
+        """Stored scales of the inputs with their gradients, (T, G) or (1, 1)."""
+        if self.first_scale is None or self.input_stretch is None:
+            return self.first_scale
+        return self.first_scale * self.input_stretch.exp()
+
+    def rounded_input(self, matrix: Tensor) -> Tensor:
+        """Inputs (M, K) as the plan has them."""
+        act, scale, zero = self.plan.activation, self.input_scales(), self.zeros
+        if act is None:
+            return matrix
+        if self.plan.times and scale is not None:
+            assert self.moment is not None
+            scale, zero = self.moment.pick(scale), None if zero is None else self.moment.pick(zero)
+        return rounded_through(matrix, act, scale, zero)
+
     def forward(self, input: Tensor) -> Tensor:
         weight, act = self.rounded(), self.plan.activation
         x = input.float()
         if len(self.shape) == 2:
             flat = x.reshape(-1, self.shape[1])
-            flat = flat if act is None else rounded_through(flat, act)
-            return F.linear(flat, weight, self.bias).reshape(*input.shape[:-1], -1).to(input.dtype)
+            return F.linear(self.rounded_input(flat), weight, self.bias).reshape(*input.shape[:-1], -1).to(input.dtype)
         if act is not None:
-            x = images(rounded_through(pixels(x), act), x.shape)
+            x = images(self.rounded_input(pixels(x, self.shape)), x.shape)
         out = self.geometry._conv_forward(x, weight_tensor(weight, self.shape), self.bias)
         assert isinstance(out, Tensor)
         return out.to(input.dtype)

@@ -12,6 +12,7 @@ from fewstep.lazy import load as _load
 assert __name__.startswith("fewstep."), "import fewstep.quant instead"
 
 if TYPE_CHECKING:
+    from fewstep.quant.kernels.triton.attention import int8_attention as int8_attention
     from fewstep.quant.kernels.triton.convolution import int8_conv2d as int8_conv2d
     from fewstep.quant.kernels.triton.floats import fp8_linear as fp8_linear
     from fewstep.quant.kernels.triton.floats import mxfp4_linear as mxfp4_linear
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fewstep.quant.kernels.triton.tuning import tune as tune
 
 _MODULES = {
+    "attention": ("int8_attention",),
     "convolution": ("int8_conv2d",),
     "floats": ("fp8_linear", "mxfp4_linear", "mxfp8_linear", "nvfp4_linear"),
     "integers": ("int8_linear", "w4a4_linear", "w4a8_linear", "w4ax_linear"),
@@ -43,6 +45,7 @@ __all__ = [
     "MixedRows",
     "QuantizedRows",
     "fp8_linear",
+    "int8_attention",
     "int8_conv2d",
     "int8_linear",
     "mixed_order",

@@ -119,6 +119,9 @@ def variants() -> tuple[Variant, ...]:
     conv = {"KERNEL_H": 3, "KERNEL_W": 3, "STRIDE_H": 1, "STRIDE_W": 1, "PAD_H": 1, "PAD_W": 1}
     conv |= {"DILATION_H": 1, "DILATION_W": 1}
     conv |= {name: value for name, value in _product(DEFAULTS["conv"]).items() if name != "RANK"}
+    tile = DEFAULTS["attention"]
+    heads = {"D": 128, "E": 128, "WIDE_D": 128, "WIDE_E": 128, "BLOCKS_Q": 128, "BLOCKS_K": 64}
+    heads |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grouped, wide = DEFAULTS["grouped"], DEFAULTS["wide groups"]
     return (
         rows("quantise int8 rows", "int8", 0, "*fp32"),
@@ -145,6 +148,7 @@ def variants() -> tuple[Variant, ...]:
         blocks("mxfp4 emulated", "mxfp4", tl.bfloat16, _BFLOAT16),
         blocks("nvfp4 emulated", "nvfp4", tl.float16, _FLOAT16),
         Variant("int8 conv 3x3", "convolution", "int8_conv", _CONV, conv, DEFAULTS["conv"], _INT8),
+        Variant("int8 attention", "attention", "int8_attention", _ATTENTION, heads, DEFAULTS["attention"], _INT8),
     )
 
 
@@ -206,3 +210,4 @@ _ROWS = {"x": "*bf16", "smooth": "*fp32", "down": "*bf16", "static": "*fp32", "p
 _MIXED = {k: v for k, v in _ROWS.items() if k != "static"}
 _MIXED |= {"order": "*i32", "codes8": "*i8", "scales8": "*fp32", "codes4": "*u8", "scales4": "*fp32"}
 _CONV = {"x": "*i8", "sx": "*fp32", "w": "*i8", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
+_ATTENTION = {"q": "*i8", "sq": "*fp32", "k": "*i8", "sk": "*fp32", "v": "*fp16", "out": "*bf16"}

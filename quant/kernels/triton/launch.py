@@ -45,6 +45,7 @@ DEFAULTS = {
     "block scaled": Config(128, 128, 128, 8, 2),  # with 64 rows sm_100 silently gets float16 instructions
     "emulated": Config(128, 64, 64, 8, 2),
     "conv": Config(128, 128, 64, 8, 3),
+    "attention": Config(128, 64, 64, 8, 2),  # queries and keys of a tile; block_k is not used
 }
 """By what was seen to compile without spilling on sm_80 to sm_120 (benchmarks/kernels_aot.py), not by time."""
 

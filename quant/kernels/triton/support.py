@@ -9,7 +9,7 @@ Capability = tuple[int, int]
 OLDEST: Capability = (8, 0)
 INTEGER = ("int8_linear", "w4a8_linear", "w4a4_linear", "w4ax_linear", "int8_conv2d")
 BLOCK_SCALED = ("mxfp8_linear", "mxfp4_linear", "nvfp4_linear")
-NAMES = ("quantize_rows", "quantize_mixed", *INTEGER, "fp8_linear", *BLOCK_SCALED)
+NAMES = ("quantize_rows", "quantize_mixed", *INTEGER, "fp8_linear", *BLOCK_SCALED, "int8_attention")
 
 
 def supported(capability: Capability, name: str) -> tuple[bool, str]:
@@ -28,6 +28,11 @@ def supported(capability: Capability, name: str) -> tuple[bool, str]:
         return False, f"{spelled(capability)}: Triton makes scalar code of integer products below sm_80"
     if name.startswith("quantize"):
         return True, "integer arithmetic, the same on every architecture"
+    if name == "int8_attention":
+        qk, pv = {9: ("wgmma s8", "wgmma f16"), 10: ("tcgen05 kind::i8", "tcgen05 kind::f16")}.get(
+            capability[0] if capability != (10, 3) else 8, ("mma.m16n8k32 s8", "mma.m16n8k16 f16")
+        )
+        return True, f"{qk} for Q K, {pv} for P V"
     if name in INTEGER:
         how = {9: "wgmma s8", 10: "tcgen05 kind::i8"}.get(capability[0], "mma.m16n8k32 s8")
         if capability == (10, 3):

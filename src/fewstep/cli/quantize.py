@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from fewstep.cli.options import DeviceOption, SeedOption
+
+if TYPE_CHECKING:
+    from fewstep.quant.rest import Rest
 
 
 def quantize(
@@ -36,6 +39,9 @@ def quantize(
         Path | None,
         typer.Option(help="A folder that keeps finished layers, so that the same command goes on from there."),
     ] = None,
+    rest: Annotated[
+        str, typer.Option(help="How the file stores what is not quantised: exact, float16, or int8.")
+    ] = "exact",
     plan_only: Annotated[bool, typer.Option("--plan", help="Print the plan and write nothing.")] = False,
     device: DeviceOption = None,
 ) -> None:
@@ -48,7 +54,9 @@ def quantize(
     from fewstep.eval.costs.calls import denoisers
     from fewstep.eval.sweeps.sources import make_sources
     from fewstep.quant.configs import make_config
+    from fewstep.quant.rest import check
 
+    check(rest)
     method = make_config(config)
     if out is None and not plan_only:
         raise FewstepError("give --out FOLDER for the quantised network, or --plan to print the plan only")
@@ -82,6 +90,6 @@ def quantize(
             print(method if isinstance(method, quant.QuantPlan) else method.plan(network, calls or ()))
         return
     report = quant.quantize_(network, method, calls, checkpoint=resume, rows=rows, progress=True, keep_originals=False)
-    path = quant.save(network, out)
+    path = quant.save(network, out, rest=cast("Rest", rest))
     print(report)
     print(f"{path}: {sum(file.stat().st_size for file in path.parent.glob('quantized*')) / 1e6:.2f} MB")

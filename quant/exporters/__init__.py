@@ -1,0 +1,1 @@
+"""Plans and quantised networks in the forms that other libraries read."""
