@@ -324,7 +324,7 @@ def _mixture(guidance: float, seeds: range = range(26)) -> learn.Problem:
     return learn.solve(lambda x, t, which: model(x, t), schedule, subject.noise[list(seeds)], steps=96)
 
 
-def _before(values: Sequence[float], value: float) -> float:
+def _before(values: Sequence[Any], value: Any) -> Any:
     """The one before ``value``; of the first, itself."""
     return values[max(0, values.index(value) - 1)]
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from fewstep import caching, cli, pipelines, quant, samplers
 from fewstep.errors import ArtifactError, FewstepError, PlanError
 from fewstep.eval.pairs.latents import capture_latents
 from fewstep.pipelines import Recipe
-from fewstep.samplers import DPMSolver, Grid, NoiseSchedule
+from fewstep.samplers import DPMSolver, Grid, NoiseSchedule, SolverPlan
 from tests.eval_fixtures import PROMPTS, tiny_pipeline
 
 STEPS = 4
@@ -39,10 +40,15 @@ def whole(pipe):
 
 def test_a_recipe_is_its_parts_and_is_taken_back_to_the_bit(pipe):
     recipe = whole(pipe)
+    assert isinstance(recipe.sampler, SolverPlan)
+    assert recipe.cache is not None
+    assert recipe.quant is not None
     before = latents(pipe, num_inference_steps=STEPS, guidance_scale=3.0)
     scheduler = pipe.scheduler
     with pipelines.applied(pipe, recipe) as done:
         together = latents(pipe, **recipe.call)
+    assert done.cache is not None
+    assert done.quant is not None
     assert done.cache.report().hit_rate > 0
     assert done.quant.plan == recipe.quant
     assert pipe.scheduler is scheduler
@@ -89,7 +95,7 @@ def test_what_cannot_be_changes_nothing(pipe):
     recipe = whole(pipe)
     scheduler = pipe.scheduler
     before = latents(pipe, num_inference_steps=2)
-    other = caching.CachePlan(("no such site",), [[0]] * STEPS)
+    other = caching.CachePlan(("no such site",), np.zeros((STEPS, 1), dtype=np.int8))
     with pytest.raises(FewstepError, match="no such site"):
         pipelines.apply_(pipe, replace(recipe, cache=other))
     assert pipe.scheduler is scheduler
@@ -142,7 +148,7 @@ def test_tuning_keeps_the_bound_it_is_given(tmp_path):
     # what is said of it is what it does
     recipe.save(tmp_path / "r.json")
     with pipelines.applied(pipe, tmp_path / "r.json") as done:
-        assert done.recipe.steps <= 4
+        assert done.recipe.steps in (2, 4)
     assert recipe.plot().axes[0].get_xscale() == "log"
 
     looser = pipelines.tune(pipe, labels, quality=1.001 * max(measured), calls=(2, 4), caches=(), quants=(), **SEARCH)
@@ -167,8 +173,9 @@ def test_tuning_says_what_was_best_where_nothing_will_do():
 def test_the_command_line_tunes_a_recipe_and_draws_by_it(tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("dress\nbag\n")
     asked = [
-        "tune", "--recipe", "--model", "fashion-dit-small", "--prompts", str(tmp_path / "classes.txt"), "--budget", "8",
-        "-g", "2", "--minutes", "0.02", "--trajectories", "4", "--teacher-steps", "32", "--calls", "2,4", "-o", str(tmp_path / "r.json"),
+        "tune", "--recipe", "--model", "fashion-dit-small", "--prompts", str(tmp_path / "classes.txt"), "--budget",
+        "8", "-g", "2", "--minutes", "0.02", "--trajectories", "4", "--teacher-steps", "32", "--calls", "2,4",
+        "-o", str(tmp_path / "r.json"),
     ]  # fmt: skip
     assert cli.run(asked) == 0
     assert "the work of" in capsys.readouterr().out
@@ -176,7 +183,7 @@ def test_the_command_line_tunes_a_recipe_and_draws_by_it(tmp_path, capsys):
     recipe = Recipe.load(tmp_path / "r.json")
     drawn = ["generate", "-m", "fashion-dit-small", "-p", "bag", "-n", "2", "-o", str(tmp_path / "bags.png")]
     assert cli.run([*drawn, "--recipe", str(tmp_path / "r.json")]) == 0
-    assert f"{2 * recipe.steps} NFE/image" in capsys.readouterr().out
+    assert f"{2 * recipe.call['num_inference_steps']} NFE/image" in capsys.readouterr().out
     for wrong in (["--recipe", str(tmp_path / "r.json"), "--steps", "4"], ["--recipe", str(tmp_path / "none.json")]):
         assert cli.run([*drawn, *wrong]) == 2
     for wrong in (["tune", "--recipe"], ["tune", "--sampler", "--budget", "3"], ["tune", "--sampler", "--recipe"]):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import PlanError
 
@@ -23,7 +24,7 @@ def tried(recipe: Recipe) -> Figure:
         )
     figure = NewFigure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    kinds = {
+    kinds: dict[str, Callable[[dict[str, Any]], bool]] = {
         "sampler alone": lambda c: c["cache"] is None and c["quant"] is None,
         "with a cache": lambda c: c["cache"] is not None and c["quant"] is None,
         "quantised": lambda c: c["cache"] is None and c["quant"] is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from torch import Tensor
 from fewstep.caching import CachePlan
 from fewstep.errors import FewstepError
 from fewstep.pipelines.recipes.applying import RECORD, applied, denoiser
-from fewstep.pipelines.recipes.parts import Parts, Quantised, Sampler, quantised, samplers, with_caches
+from fewstep.pipelines.recipes.parts import Parts, Quantised, Sampler, Tell, quantised, samplers, with_caches
 from fewstep.pipelines.recipes.recipe import Recipe
 
 SLACK = 1.2
 """A prediction may be so many times the bound and still be tried: errors do not always add."""
 TRIALS = 6
 """Recipes that are measured."""
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class PlanScheduler(SolverScheduler):
     - the name of an embedded model, for the learned plans that come with it;
     - a plan's own ``to_dict()``, or a dict of several by number of calls.
 
-    The config keeps the whole of what was found, so that a saved pipeline needs no other file. :meth:`from_plan` takes the object.
+    The config keeps all that was found, so that a saved pipeline needs no other file. :meth:`from_plan` takes the object.
     """
 
     options: ClassVar[dict[str, Any]] = {"plan": None}
