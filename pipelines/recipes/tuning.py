@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.caching import CachePlan
+from fewstep.caching.calibration.runs import Runs
 from fewstep.errors import FewstepError
 from fewstep.pipelines.recipes.applying import RECORD, applied, denoiser
 from fewstep.pipelines.recipes.parts import Parts, Quantised, Sampler, Tell, quantised, samplers, with_caches
@@ -116,40 +117,51 @@ def tune(
     _check(pipe, quality, budget, calls)
     say: Tell = tell if tell is not None else lambda text: None
     from fewstep.caching.calibration.calibrate import default_guidance
-    from fewstep.caching.calibration.runs import Runs
+    from fewstep.eval.drawing.batch import borrowed
 
     scale = default_guidance(pipe) if guidance is None else float(guidance)
     given = list(prompts or [""])
     parts = Parts(pipe, [given[i % len(given)] for i in range(trajectories)], scale, reference, seed, folder, call)
-    found = samplers(parts, calls, 60 * minutes / len(calls), say)
-    formats = quantised(parts, found, quants, say)
-    cached = with_caches(parts, found, caches, say)
-    candidates = [
-        Candidate(s, c, q) for s in found for c in (None, *cached.get(s.plan.nfe, ())) for q in (None, *formats)
-    ]
     runs = Runs.of(pipe, prompts, held_out, reference, scale, seed + trajectories, call=call)
-    say(f"reference: {reference} steps")
-    truth = _truth(pipe, runs)
-    measured: list[Candidate] = []
-    for candidate in _promising(candidates, quality, budget):
-        say(f"measuring {candidate.summary()}")
-        measured.append(replace(candidate, measured=_error(pipe, candidate.recipe(scale, {}), runs, truth)))
-        if quality is not None and _of(measured[-1]) <= quality:
-            break
+    with borrowed(pipe):
+        candidates = _candidates(parts, calls, 60 * minutes / len(calls), quants, caches, say)
+        measured = _measured(_promising(candidates, quality, budget), quality, runs, say)
     best = _best(measured, candidates, quality, budget)
     tried = {_key(c): c for c in (*candidates, *measured)}
-    return best.recipe(
-        scale,
-        {
-            **parts.about,
-            "tuned_for": {"quality": quality} if quality is not None else {"budget": budget},
-            "error": round(_of(best), 6),
-            "work": round(best.work, 4),
-            "reference": f"UniPC(order=3), {reference} steps",
-            "held_out": held_out,
-            "tried": [c.summary() for c in sorted(tried.values(), key=lambda c: c.work)],
-        },
-    )
+    provenance = {
+        **parts.about,
+        "tuned_for": {"quality": quality} if quality is not None else {"budget": budget},
+        "error": round(_of(best), 6),
+        "work": round(best.work, 4),
+        "reference": f"UniPC(order=3), {reference} steps",
+        "held_out": held_out,
+        "tried": [c.summary() for c in sorted(tried.values(), key=lambda c: c.work)],
+    }
+    return best.recipe(scale, provenance)
+
+
+def _candidates(
+    parts: Parts, calls: Sequence[int], seconds: float, quants: Sequence[Any] | None, caches: Sequence[float], say: Tell
+) -> list[Candidate]:
+    found = samplers(parts, calls, seconds, say)
+    formats = quantised(parts, found, quants, say)
+    cached = with_caches(parts, found, caches, say)
+    return [Candidate(s, c, q) for s in found for c in (None, *cached.get(s.plan.nfe, ())) for q in (None, *formats)]
+
+
+def _measured(promising: Sequence[Candidate], quality: float | None, runs: Runs, say: Tell) -> list[Candidate]:
+    """Those that were carried out; for a quality no more than it takes to keep it."""
+    done: list[Candidate] = []
+    if promising:
+        say(f"reference: {runs.steps} steps")
+        truth = _truth(runs)
+    for candidate in promising:
+        say(f"measuring {candidate.summary()}")
+        error = _error(candidate.recipe(runs.guidance, {}), runs, truth)
+        done.append(replace(candidate, measured=error))
+        if quality is not None and error <= quality:
+            break
+    return done
 
 
 def _check(pipe: Any, quality: float | None, budget: float | None, calls: Sequence[int]) -> None:
@@ -203,11 +215,11 @@ def _key(candidate: Candidate) -> tuple[int, str | None, str | None]:
     return candidate.sampler.plan.nfe, None if candidate.cache is None else candidate.cache.digest, quant
 
 
-def _truth(pipe: Any, runs: Any) -> Tensor:
+def _truth(runs: Runs) -> Tensor:
     """The held-out latents of many steps; no scheduler of the user's stays changed."""
     from fewstep.samplers import UniPCScheduler
 
-    before = pipe.scheduler
+    pipe, before = runs.pipe, runs.pipe.scheduler
     pipe.scheduler = UniPCScheduler.from_config(before.config, solver_order=3, grid="uniform_lambda")
     try:
         latents: Tensor = runs.latents()
@@ -218,9 +230,10 @@ def _truth(pipe: Any, runs: Any) -> Tensor:
     return latents
 
 
-def _error(pipe: Any, recipe: Recipe, runs: Any, truth: Tensor) -> float:
+def _error(recipe: Recipe, runs: Runs, truth: Tensor) -> float:
     from fewstep.eval.pairs.latents import latent_rmse
 
-    with applied(pipe, recipe):
+    assert recipe.steps is not None
+    with applied(runs.pipe, recipe):
         latents = replace(runs, steps=recipe.steps).latents()
     return float(latent_rmse(latents, truth).mean())

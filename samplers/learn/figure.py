@@ -5,21 +5,24 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.artifact import write_bytes
 from fewstep.samplers.plan import SolverPlan
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def plot(plan: SolverPlan, path: str | Path, *, before: SolverPlan | None = None) -> None:
-    """Write the loss and the learned grid of ``plan`` as a PNG, from what its provenance says.
+
+def plot(plan: SolverPlan, path: str | Path | None = None, *, before: SolverPlan | None = None) -> Figure:
+    """The loss and the learned grid of ``plan``, from what its provenance says; written as a PNG where a path is given.
 
     The right panel has a mark for every call: the noise level of the state, and beside it the one that the network is told
     where the two differ; ``before`` is drawn above it for comparison.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as NewFigure
 
-    figure: Any = Figure(figsize=(9, 3.4), layout="constrained")
+    figure: Any = NewFigure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     history = plan.provenance.get("history", [])
     seconds = [h["seconds"] for h in history]
@@ -36,9 +39,12 @@ def plot(plan: SolverPlan, path: str | Path, *, before: SolverPlan | None = None
     right.set(xlabel="lambda = log(alpha / sigma)", yticks=range(len(rows)), yticklabels=[name for name, *_ in rows])
     right.set_ylim(-0.7, len(rows) - 0.3)
     right.set_title(f"{plan.nfe} calls", fontsize=9)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    write_bytes(path, data.getvalue())
+    if path is not None:
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=120)
+        write_bytes(path, data.getvalue())
+    made: Figure = figure
+    return made
 
 
 def _lambda(alpha: float, sigma: float) -> float:
