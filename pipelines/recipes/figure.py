@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def tried(recipe: Recipe) -> Figure:
     """See :meth:`Recipe.plot`."""
     from matplotlib.figure import Figure as NewFigure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     told = recipe.provenance
     if "tried" not in told:
@@ -39,12 +40,23 @@ def tried(recipe: Recipe) -> Figure:
             label=f"{name}, predicted",
         )  # fmt: skip
         known = [c for c in some if c["measured"] is not None]
-        axes.scatter([c["work"] for c in known], [c["measured"] for c in known], s=28, marker="x", color=f"C{colour}")
+        axes.scatter(
+            [c["work"] for c in known],
+            [c["measured"] for c in known],
+            s=28,
+            marker="x",
+            color=f"C{colour}",
+            label="measured" if known else None,
+        )
     axes.scatter([told["work"]], [told["error"]], s=60, color="k", zorder=3, label="the recipe, measured")
     aim, bound = next(iter(told["tuned_for"].items()))
     (axes.axhline if aim == "quality" else axes.axvline)(bound, color="0.6", linewidth=0.8, linestyle="--")
     axes.set(
         xscale="log", yscale="log", xlabel="work, calls of the unchanged network", ylabel="RMS error of the latents"
     )
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(StrMethodFormatter(""))
     axes.legend(fontsize=8)
     return figure
