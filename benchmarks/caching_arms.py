@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import wraps
 from typing import Any
@@ -40,22 +40,41 @@ def ours(*methods: Any) -> Peer:
     return arm
 
 
+@contextmanager
+def timed(pipe: Any, *args: Any, **options: Any) -> Iterator[None]:
+    """The pipeline's scheduler takes these for its steps, whatever the pipeline asks for."""
+    scheduler, original = pipe.scheduler, pipe.scheduler.set_timesteps
+
+    @wraps(original)  # pipelines read its signature
+    def set_timesteps(num_inference_steps: int | None = None, device: Any = None, **asked: Any) -> None:
+        original(*args, device=device, **(asked | options))
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
+
+
 def fewer(count: int) -> Peer:
     """No cache, but so many steps: what a cache has to beat."""
 
     @contextmanager
     def arm(pipe: Any, steps: int) -> Iterator[Callable[[], None]]:
-        scheduler, original = pipe.scheduler, pipe.scheduler.set_timesteps
-
-        @wraps(original)  # pipelines read its signature
-        def set_timesteps(num_inference_steps: int, *args: Any, **options: Any) -> None:
-            original(count, *args, **options)
-
-        scheduler.set_timesteps = set_timesteps
-        try:
+        with timed(pipe, count):
             yield lambda: None
-        finally:
-            del scheduler.set_timesteps
+
+    return arm
+
+
+def planned(plan: caching.CachePlan) -> Peer:
+    """A plan file, on the grid that belongs to it where it has one."""
+
+    @contextmanager
+    def arm(pipe: Any, steps: int) -> Iterator[Callable[[], None]]:
+        grid = plan.provenance.get("sigmas")
+        with timed(pipe, sigmas=grid) if grid else nullcontext(), ours(plan)(pipe, steps) as reset:
+            yield reset
 
     return arm
 
@@ -88,6 +107,7 @@ def methods(unet: bool) -> list[Any]:
         *(c.TaylorSeer(n, first_enhance=2, lite=lite) for n in (2, 3, 4) for lite in (False, True)),
         c.PyramidBroadcast(),
         c.PyramidBroadcast(spatial=3, window=(0, 1000)),
+        *(() if unet else (c.PyramidBroadcast.published("latte"),)),
         c.FasterCache(),
         *(c.UncondReuse(interval=n) for n in (2, 3, 5)),
         *(c.GuidanceWindow(a, b) for a, b in ((0.0, 0.8), (0.2, 0.8), (0.2, 1.0))),
@@ -203,6 +223,11 @@ def plans(subject: Any) -> dict[str, Any]:
     return {f"plan {path.stem.rsplit('-', 1)[1]}": caching.CachePlan.load(path) for path in found}
 
 
+def is_share(name: str) -> bool:
+    """Whether an arm is a plan of the search: its word is but a share of the MACs."""
+    return name.removeprefix("plan ").isdigit()
+
+
 def together(subject: Any) -> dict[str, Peer]:
     """Two at once: those with a plan whose computed steps fit each other, and the plan files with reuse of guidance."""
     c = caching
@@ -210,12 +235,14 @@ def together(subject: Any) -> dict[str, Peer]:
         return {}
     deep = c.DeepCache(2) if subject.unet else c.Interval(2, ("blocks",), predict=c.Extrapolate(1))
     found = {f"{label(deep)} + UncondReuse(4)": ours(deep, c.UncondReuse(interval=4))}
-    return found | {f"{k} + UncondReuse(2)": ours(p, c.UncondReuse(interval=2)) for k, p in plans(subject).items()}
+    return found | {
+        f"{k} + UncondReuse(2)": ours(p, c.UncondReuse(interval=2)) for k, p in plans(subject).items() if is_share(k)
+    }
 
 
 def arms(subject: Any) -> dict[str, Peer]:
     """All arms by what tables call them."""
-    found = {name: ours(plan) for name, plan in plans(subject).items()} | together(subject)
+    found = {name: planned(plan) for name, plan in plans(subject).items()} | together(subject)
     for share in (0.35, 0.5, 0.75):
         found[f"no cache, fewer steps ({round(share * subject.steps)})"] = fewer(round(share * subject.steps))
     for method in methods(subject.unet):

@@ -8,9 +8,10 @@ the network calls that really ran; its error is the RMS difference of the final 
 cache, mean and worst; PSNR is of the images. Nothing was fitted to these prompts and seeds. With --fid the main contenders
 draw that many images more.
 
-Plans are calibrated apart and kept beside the results; every plan file there is an arm. --fit says which: `dp` is DPCache's
-search, NAME-STEPS-50.json; `router` gates of attention and feed-forwards, trained as HarmoniCa's, NAME-STEPS-router.json for half
-of the MACs; `l2c` such as Learning-to-Cache's; `ertacache` for flow models. A plan with a grid of its own is drawn on it. Each arm's numbers and each chunk of
+Plans are calibrated apart and kept beside the results; every plan file there is an arm. --fit says which: `dp` is the search
+of DPCache, NAME-STEPS-50.json for half of the MACs; `router` trains gates of attention and feed-forwards as HarmoniCa does,
+NAME-STEPS-router.json; `l2c` as Learning-to-Cache does; `ertacache` shortens steps too where the model is a flow, and is drawn on
+that grid. Each arm's numbers and each chunk of
 images are kept in --work, so that a killed run goes on, and a new method is one more arm. Peers that are not installed, or
 fail, are named with the reason.
 """
@@ -216,14 +217,17 @@ def contenders(entries: Sequence[dict[str, Any]]) -> list[str]:
     return chosen
 
 
-def fits(budget: float, at: Sequence[str], refine: int) -> dict[str, Any]:
+FITS = ("dp", "router", "l2c", "ertacache")
+
+
+def fits(subject: Subject, budget: float, at: Sequence[str], refine: int) -> dict[str, Any]:
     """What can be calibrated, by name."""
-    sites = tuple(at) or None
+    sites, flow = tuple(at) or None, bool(subject.pipe.scheduler.config.get("use_flow_sigmas"))
     return {
         "dp": caching.DPCache(budget=budget, at=sites, refine=refine),
         "router": caching.Router(budget=budget, at=sites),
         "l2c": caching.Router(budget=budget, scheme="l2c", at=sites),
-        "ertacache": caching.ERTACache(budget=budget),
+        "ertacache": caching.ERTACache(budget=budget, adjust=flow),
     }
 
 
@@ -245,7 +249,7 @@ def calibrate(subject: Subject, kind: str, method: Any, samples: int, batch: int
             subject.pipe, method, subject.prompts[:UNUSED], num_inference_steps=subject.steps, guidance_scale=subject.guidance,
             samples=samples, held_out=8, batch=batch, progress=False,
         )  # fmt: skip
-    except FewstepError as error:  # a flow's method on another model, a budget that cannot be kept
+    except FewstepError as error:  # no such branches, a budget that cannot be kept
         print(f"{path.stem}: {error}", flush=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +267,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also those that are measured")
     parser.add_argument("--fid", type=int, default=0, help=f"images of the main contenders, a multiple of {CHUNK}")
     parser.add_argument("--calibrate", type=float, help="make the plan of this share of the MACs instead")
-    parser.add_argument("--fit", nargs="+", default=["dp"], choices=sorted(fits(0.5, (), 0)), help="what is calibrated")
+    parser.add_argument("--fit", nargs="+", default=["dp"], choices=FITS, help="what is calibrated")
     parser.add_argument(
         "--at", nargs="*", default=(), help="sites to choose from in calibration (the family's usual ones)"
     )
@@ -277,7 +281,7 @@ def main() -> None:
         for steps in asked.steps:
             subject = Subject(name, steps, asked.seeds, asked.guidance, asked.work)
             if asked.calibrate:
-                for kind, method in fits(asked.calibrate, asked.at, asked.refine).items():
+                for kind, method in fits(subject, asked.calibrate, asked.at, asked.refine).items():
                     if kind in asked.fit:
                         calibrate(subject, kind, method, asked.samples, asked.batch)
                 continue

@@ -279,7 +279,8 @@ def main() -> None:
             }
         )
         print(page(bodies[-1:], about), flush=True)
-    write(OUT, "speed-" + "-".join(asked.model), {"models": bodies, "machine": about}, page(bodies, about))
+    batched = "" if asked.batch == 1 else f"-batch{asked.batch}"
+    write(OUT, "speed-" + "-".join(asked.model) + batched, {"models": bodies, "machine": about}, page(bodies, about))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What each method costs in quality on the embedded models: same seeds with and without quantisation.
 
-    python benchmarks/quant_quality.py [--models fashion-dit-small fashion-sd] [--images 256] [--steps 20] [--methods NAME ...]
+    python benchmarks/quant_quality.py [--models fashion-dit-small fashion-sd] [--methods NAME ...] [--redo NAME ...]
 
 Every method is calibrated on a trajectory of other seeds, then draws the images of the same seeds as the float network. PSNR
 and latent RMS are against those; FID is of N images against the test images and has its bias, so it is to be read beside the
-float network's FID at the same N. Bytes are of the file. Goes on where it was: finished rows are kept in the results.
+float network's FID at the same N. Bytes are of the file. Methods that train are compared with the row that they start from.
+Goes on where it was: finished rows are kept in the results.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +26,148 @@ import torch
 from record import RESULTS, machine, provenance, table, write
 from torch import Tensor
 
+from fewstep import caching, pipelines, quant
 from fewstep import eval as evaluation
-from fewstep import pipelines, quant
 from fewstep.eval.costs.calls import denoisers
 from fewstep.eval.drawing.batch import borrowed
 from fewstep.pipelines import zoo
 from fewstep.quant.methods.base import Method
+from fewstep.quant.state import swap
 
 SEEDS = 10_000
 """Calibration draws the seeds from here on, far from those that are judged."""
 
-METHODS: dict[str, Callable[[], Method]] = {
-    "Int8": quant.Int8,
-    "W4A4 naive": quant.Int4,
-    "W4A4 SVDQuant r8": lambda: quant.SVDQuant(rank=8, grid=8, iterations=10),
-    "W4A8 int": quant.W4A8,
-    "W4A8 GPTQ": quant.GPTQ,
-    "W4A8 float (FPQuant)": lambda: quant.FPQuant(steps=60),
-    "MixDQ 5 bits": lambda: quant.MixDQ(budget=5.0, splits=5, finalists=2),
-    "MixDQ 5 bits GPTQ": lambda: quant.MixDQ(budget=5.0, splits=5, finalists=2, gptq=True),
-    "W4A8 AdaQuant": lambda: quant.AdaQuant(steps=60),
-    "W4A4 SVDQuant r32": lambda: quant.SVDQuant(rank=32, grid=8, iterations=10),
-    "W4A4 SVDQuant r0": lambda: quant.SVDQuant(rank=0, grid=8),
-    "W4A4 SVDQuant r8 GPTQ": lambda: quant.SVDQuant(rank=8, grid=8, iterations=10, gptq=True),
-    "W4A4 EfficientDM": lambda: quant.EfficientDM(iterations=300),
-    "W4A4 QuEST": lambda: quant.QuEST(iterations=300),
-    "FP8": quant.FP8,
-    "NVFP4 naive": quant.FP4,
-    "NVFP4 SVDQuant r8": lambda: quant.SVDQuant("nvfp4", "nvfp4", rank=8, grid=8, iterations=10),
-    "W2A8 two signs": lambda: quant.Binary(bases=2),
-    "W2A8 BinaryDM": lambda: quant.BinaryDM(iterations=300),
-    "W2 BitsFusion": lambda: quant.BitsFusion(iterations=300),
+
+@dataclass(frozen=True)
+class Arm:
+    """A method, and what is done beside it.
+
+    Attributes:
+        make: the config.
+        start: the row that it has to beat.
+        samples, keep: of its calibration trajectory; training needs more samples than rounding.
+        before: what is done to the float network, with its calls; undone when the context closes.
+        while_drawing: what is on while images are drawn.
+    """
+
+    make: Callable[[], Method]
+    start: str | None = None
+    samples: int = 8
+    keep: int | None = 4
+    before: Callable[[Judge, list[quant.Call]], AbstractContextManager[None]] | None = None
+    while_drawing: Callable[[Judge, list[quant.Call]], AbstractContextManager[None]] | None = None
+
+
+def from_trajectories(make: Callable[[], Method], start: str | None = None) -> Arm:
+    return Arm(make, start, samples=32, keep=None)
+
+
+@contextmanager
+def folded(judge: Judge, calls: list[quant.Call], centre: bool = False) -> Iterator[None]:
+    quant.fold_smoothing_(judge.network, calls, centre=centre)
+    try:
+        yield
+    finally:
+        quant.unfold_smoothing_(judge.network)
+
+
+@contextmanager
+def corrected(judge: Judge, calls: list[quant.Call], by_channel: bool = True) -> Iterator[None]:
+    quant.correct_(judge.network, quant.fit_correction(judge.network, calls, by_channel=by_channel))
+    try:
+        yield
+    finally:
+        quant.remove_correction_(judge.network)
+
+
+@contextmanager
+def ancestral(judge: Judge, calls: list[quant.Call], absorb: bool = False) -> Iterator[None]:
+    """The stochastic sampler, compared with the float network's images by the same; PTQD's correction with ``absorb``."""
+    from fewstep.samplers import DDIM, Grid, PlanScheduler
+    from fewstep.samplers.schedule import NoiseSchedule
+
+    scheduler, reference = judge.pipe.scheduler, judge.reference
+    schedule = NoiseSchedule.from_config(scheduler.config)
+    plan = DDIM(eta=1.0).compile(schedule, Grid.named("linspace", schedule, judge.steps))
+    record = judge.network._fewstep_quant
+    layers = swap(judge.network, record.originals)
+    judge.pipe.scheduler = PlanScheduler.from_plan(plan, scheduler.config)
+    judge.reference = judge.draw()
+    mine = judge.calls(8, 8)  # corrections belong to the sampler
+    swap(judge.network, layers)
+    try:
+        if absorb:
+            correction = quant.fit_correction(judge.network, mine)
+            quant.correct_(judge.network, correction)
+            quiet = correction.absorbed(plan, guidance=judge.guidance)
+            judge.pipe.scheduler = PlanScheduler.from_plan(quiet, scheduler.config)
+        yield
+    finally:
+        quant.remove_correction_(judge.network)
+        judge.pipe.scheduler, judge.reference = scheduler, reference
+
+
+@contextmanager
+def cached(judge: Judge, calls: list[quant.Call], joint: bool = False) -> Iterator[None]:
+    """Half of the network's work skipped by a plan that was fitted to the float network, or to both (CacheQuant)."""
+    prompts = judge.prompts[5000:5016] or judge.prompts
+    record = judge.network._fewstep_quant
+    layers = swap(judge.network, record.originals)
+    with borrowed(judge.pipe):
+        plan = caching.calibrate(
+            judge.pipe, caching.DPCache(budget=0.5, refine=0), prompts, num_inference_steps=judge.steps,
+            guidance_scale=judge.guidance, samples=16, held_out=4, seed=SEEDS, progress=False,
+        )  # fmt: skip
+    swap(judge.network, layers)
+    if joint:
+        plan = quant.fit_cache(judge.pipe, plan, prompts, guidance_scale=judge.guidance, samples=16, seed=SEEDS)
+    with caching.applied(judge.pipe, plan):
+        yield
+
+
+TIMES = {"activation": "zint4:tensor", "times": 20}
+METHODS: dict[str, Arm] = {
+    "Int8": Arm(quant.Int8),
+    "W4A4 naive": Arm(quant.Int4),
+    "W4A4 SVDQuant r8": Arm(lambda: quant.SVDQuant(rank=8, grid=8, iterations=10), "W4A4 naive"),
+    "W4A8 int": Arm(quant.W4A8),
+    "W4A8 GPTQ": Arm(quant.GPTQ, "W4A8 int"),
+    "W4A8 float (FPQuant)": Arm(lambda: quant.FPQuant(steps=60), "W4A8 int"),
+    "MixDQ 5 bits": Arm(lambda: quant.MixDQ(budget=5.0, splits=5, finalists=2)),
+    "MixDQ 5 bits GPTQ": Arm(lambda: quant.MixDQ(budget=5.0, splits=5, finalists=2, gptq=True), "MixDQ 5 bits"),
+    "W4A8 AdaQuant": Arm(lambda: quant.AdaQuant(steps=60), "W4A8 int"),
+    "W4A4 SVDQuant r32": Arm(lambda: quant.SVDQuant(rank=32, grid=8, iterations=10), "W4A4 naive"),
+    "W4A4 SVDQuant r0": Arm(lambda: quant.SVDQuant(rank=0, grid=8), "W4A4 naive"),
+    "W4A4 SVDQuant r8 GPTQ": Arm(lambda: quant.SVDQuant(rank=8, grid=8, iterations=10, gptq=True), "W4A4 SVDQuant r8"),
+    "W4A4 EfficientDM": from_trajectories(quant.EfficientDM, "W4A4 naive"),
+    "W4A4 QuEST": from_trajectories(quant.QuEST, "W4A4 naive"),
+    "W4A4 by time, start": from_trajectories(lambda: quant.EfficientDM(iterations=0, **TIMES)),
+    "W4A4 by time, EfficientDM": from_trajectories(lambda: quant.EfficientDM(**TIMES), "W4A4 by time, start"),
+    "W4A4 embeddings, start": from_trajectories(lambda: quant.QuEST(iterations=0, embeddings=True)),
+    "W4A4 embeddings, QuEST": from_trajectories(lambda: quant.QuEST(embeddings=True), "W4A4 embeddings, start"),
+    "W4A8 embeddings, start": from_trajectories(lambda: quant.TFMQ(iterations=0)),
+    "W4A8 embeddings, TFMQ": from_trajectories(quant.TFMQ, "W4A8 embeddings, start"),
+    "W4A4 folded into AdaLN": Arm(quant.Int4, "W4A4 naive", before=folded),
+    "W4A4 folded, centred": Arm(quant.Int4, "W4A4 naive", before=partial(folded, centre=True)),
+    "W4A4 AdaLog": Arm(quant.AdaLog, "W4A4 naive"),
+    "W4A4 log sqrt 2 (RepQ)": Arm(lambda: quant.AdaLog(steps=(8,)), "W4A4 naive"),
+    "W4A4 corrected": Arm(quant.Int4, "W4A4 naive", while_drawing=corrected),
+    "W4A4 ancestral": Arm(quant.Int4, while_drawing=ancestral),
+    "W4A4 ancestral, PTQD": Arm(quant.Int4, "W4A4 ancestral", while_drawing=partial(ancestral, absorb=True)),
+    "W4A8 cached": Arm(quant.W4A8, while_drawing=cached),
+    "W4A8 cached, CacheQuant": Arm(quant.W4A8, "W4A8 cached", while_drawing=partial(cached, joint=True)),
+    "Int8 static": from_trajectories(lambda: quant.Int8(static=True)),
+    "Int8 static by time": from_trajectories(lambda: quant.Int8(static=True, times=20), "Int8 static"),
+    "FP8": Arm(quant.FP8),
+    "W6 float (FP6)": Arm(quant.FP6),
+    "MXFP6": Arm(lambda: quant.FP6.of("mxfp6")),
+    "NVFP4 naive": Arm(quant.FP4),
+    "NVFP4 SVDQuant r8": Arm(lambda: quant.SVDQuant("nvfp4", "nvfp4", rank=8, grid=8, iterations=10), "NVFP4 naive"),
+    "W2A8 two signs": Arm(lambda: quant.Binary(bases=2)),
+    "W2A8 BinaryDM": from_trajectories(quant.BinaryDM, "W2A8 two signs"),
+    "W2 balanced, start": Arm(lambda: quant.BitsFusion(iterations=0)),
+    "W2 BitsFusion": from_trajectories(quant.BitsFusion, "W2 balanced, start"),
+    "W2 BitsFusion, stage II": from_trajectories(lambda: quant.BitsFusion(second=150), "W2 balanced, start"),
 }
 
 
@@ -78,10 +193,10 @@ class Judge:
                 latents.append(captured.latents(len(made)))
         return torch.cat(pictures), torch.cat(latents)
 
-    def calls(self) -> list[quant.Call]:
+    def calls(self, samples: int, keep: int | None) -> list[quant.Call]:
         return quant.record(
-            self.pipe, self.prompts[5000:5008] or self.prompts, num_inference_steps=self.steps, samples=8,
-            guidance=self.guidance, seed=SEEDS, keep=4,
+            self.pipe, self.prompts[5000 : 5000 + samples] or self.prompts, num_inference_steps=self.steps,
+            samples=samples, guidance=self.guidance, seed=SEEDS, keep=keep,
         )  # fmt: skip
 
     def scores(self, images: Tensor, latents: Tensor) -> dict[str, float]:
@@ -94,27 +209,42 @@ class Judge:
         }
 
     def row(self, method: str) -> dict[str, Any]:
-        calls = self.calls()
-        report = quant.quantize_(self.network, METHODS[method](), calls, rows=1024)
-        with tempfile.TemporaryDirectory() as folder:
-            quant.save(self.network, folder)
-            size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        try:
-            found = self.scores(*self.draw())
-        finally:
-            quant.dequantize_(self.network)
+        arm = METHODS[method]
+        calls = self.calls(arm.samples, arm.keep)
+        with arm.before(self, calls) if arm.before else nullcontext():
+            report = quant.quantize_(self.network, arm.make(), calls, rows=1024)
+            with tempfile.TemporaryDirectory() as folder:
+                quant.save(self.network, folder)
+                size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+            try:
+                with arm.while_drawing(self, calls) if arm.while_drawing else nullcontext():
+                    found = self.scores(*self.draw())
+            finally:
+                quant.dequantize_(self.network)
         sqnr = [value for value in report.weight_sqnr.values() if math.isfinite(value)]
         return {
-            "model": self.name, "method": method, "bits": report.bits, "bytes": size,
+            "model": self.name, "method": method, "kept": report.findings.get("kept"), "bits": report.bits, "bytes": size,
             "of_16_bits": size / report.plan.float_bytes, "minutes": report.seconds / 60, "weight_sqnr": float(np.mean(sqnr)),
             "output_sqnr": -20 * math.log10(report.output_error or 1e-9), **found,
         }  # fmt: skip
 
 
+def beats(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """By how much the latents are nearer than those of the row it starts from."""
+    arm = METHODS.get(row["method"])
+    start = next((r for r in rows if arm and r["model"] == row["model"] and r["method"] == arm.start), None)
+    if start is None:
+        return ""
+    if row.get("kept") == "the start":
+        return f"kept {start['method']}"
+    gain = 20 * math.log10(start["latent_rms"] / row["latent_rms"])
+    return f"{'yes' if gain > 0 else 'no'}, {gain:+.1f} dB to {start['method']}"
+
+
 def page(rows: list[dict[str, Any]], about: dict[str, Any], what: str) -> str:
     head = (
         "method", "bits", "MB", "of 16 bits", "calibration min", "weight SQNR dB", "output SQNR dB", "PSNR dB", "latent RMS",
-        "FID",
+        "FID", "beats its start",
     )  # fmt: skip
     parts = [f"# Quality of quantised networks\n\n{what}\n"]
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -122,10 +252,10 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any], what: str) -> str:
             [
                 r["method"], f"{r['bits']:.2f}", f"{r['bytes'] / 1e6:.2f}", f"{r['of_16_bits']:.3f}", f"{r['minutes']:.1f}",
                 f"{r['weight_sqnr']:.1f}", f"{r['output_sqnr']:.1f}", f"{r['psnr']:.2f}",
-                f"{r['latent_rms']:.4f}", f"{r['fid']:.3f}",
+                f"{r['latent_rms']:.4f}", f"{r['fid']:.3f}", beats(r, rows),
             ]
             if "psnr" in r
-            else [r["method"], "16", "–", "1", "–", "–", "–", "–", "0", f"{r['fid']:.3f}"]
+            else [r["method"], "16", "–", "1", "–", "–", "–", "–", "0", f"{r['fid']:.3f}", ""]
             for r in rows
             if r["model"] == model
         ]  # fmt: skip
@@ -136,7 +266,8 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any], what: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["fashion-dit-small", "fashion-sd"])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", metavar="NAME", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--redo", nargs="+", default=[], help="methods whose finished rows are forgotten")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)
@@ -150,7 +281,7 @@ def main() -> None:
     kept = options.out / "quant_quality.json"
     rows: list[dict[str, Any]] = []
     if kept.exists() and (before := json.loads(kept.read_text()))["settings"] == settings:
-        rows = before["rows"]
+        rows = [row for row in before["rows"] if row["method"] not in options.redo]
     what = (
         f"{options.images} images, {options.steps} steps, guidance {options.guidance:g}, same seeds as the float network. "
         "Latent RMS in standard deviations of the latents. FID of N images has its bias: compare with the first row."

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from diffusers.hooks.hooks import ModelHook
@@ -57,6 +58,7 @@ class ModelCache:
         self._check_disjoint()
         self.enabled = True
         self.teacher: Fit | None = None  # in calibration: sees the true value of every reused site
+        self.truth: Callable[[], AbstractContextManager[object]] = nullcontext  # inside it true values are computed
         self.lesson: Callable[[Callable[[], Any], Callable[[], Any]], Any] | None = (
             None  # in training: (cached, uncached)
         )
@@ -286,7 +288,8 @@ class ModelCache:
         if action is Action.COMPUTE:
             return role.compute(at, forward, args, kwargs)
         if action is Action.REUSE and self.teacher is not None:
-            return role.teach(at, forward, args, kwargs, self.teacher)
+            with self.truth():
+                return role.teach(at, forward, args, kwargs, self.teacher)
         if action is Action.REUSE:
             return role.reuse(at, forward, args, kwargs)
         return (role.skip if action is Action.SKIP else role.sparse)(at, forward, args, kwargs)

@@ -23,20 +23,26 @@ if TYPE_CHECKING:
     from fewstep.quant.correction import correct_ as correct_
     from fewstep.quant.correction import fit_correction as fit_correction
     from fewstep.quant.correction import remove_correction_ as remove_correction_
+    from fewstep.quant.exporters.nunchaku import save_nunchaku_lite as save_nunchaku_lite
     from fewstep.quant.exporters.torchao import to_torchao as to_torchao
+    from fewstep.quant.folding import fold_smoothing_ as fold_smoothing_
+    from fewstep.quant.folding import unfold_smoothing_ as unfold_smoothing_
     from fewstep.quant.formats import Format as Format
     from fewstep.quant.formats import Quantized as Quantized
+    from fewstep.quant.joint import fit_cache as fit_cache
     from fewstep.quant.layer_plan import LayerPlan as LayerPlan
     from fewstep.quant.layers import QuantConv2d as QuantConv2d
     from fewstep.quant.layers import QuantLinear as QuantLinear
     from fewstep.quant.lora import add_lora_ as add_lora_
     from fewstep.quant.lora import remove_lora_ as remove_lora_
+    from fewstep.quant.methods.adalog import AdaLog as AdaLog
     from fewstep.quant.methods.adaquant import AdaQuant as AdaQuant
     from fewstep.quant.methods.fpquant import FPQuant as FPQuant
     from fewstep.quant.methods.gptq import GPTQ as GPTQ
     from fewstep.quant.methods.mixdq import MixDQ as MixDQ
     from fewstep.quant.methods.mixed import MixedPrecision as MixedPrecision
     from fewstep.quant.methods.nearest import FP4 as FP4
+    from fewstep.quant.methods.nearest import FP6 as FP6
     from fewstep.quant.methods.nearest import FP8 as FP8
     from fewstep.quant.methods.nearest import W4A8 as W4A8
     from fewstep.quant.methods.nearest import Binary as Binary
@@ -61,17 +67,21 @@ _MODULES = {
     "calibration.calls": ("Call",),
     "calibration.recording": ("record",),
     "correction": ("Correction", "correct_", "fit_correction", "remove_correction_"),
+    "exporters.nunchaku": ("save_nunchaku_lite",),
     "exporters.torchao": ("to_torchao",),
+    "folding": ("fold_smoothing_", "unfold_smoothing_"),
     "formats": ("Format", "Quantized"),
+    "joint": ("fit_cache",),
     "layer_plan": ("LayerPlan",),
     "layers": ("QuantConv2d", "QuantLinear"),
+    "methods.adalog": ("AdaLog",),
     "methods.adaquant": ("AdaQuant",),
     "methods.fpquant": ("FPQuant",),
     "lora": ("add_lora_", "remove_lora_"),
     "methods.gptq": ("GPTQ",),
     "methods.mixdq": ("MixDQ",),
     "methods.mixed": ("MixedPrecision",),
-    "methods.nearest": ("Binary", "FP4", "FP8", "Int4", "Int8", "W4A8"),
+    "methods.nearest": ("Binary", "FP4", "FP6", "FP8", "Int4", "Int8", "W4A8"),
     "methods.svdquant": ("SVDQuant",),
     "methods.temporal": ("TFMQ",),
     "methods.trained": ("BinaryDM", "BitsFusion", "EfficientDM", "QuEST"),
@@ -84,10 +94,12 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "FP4",
+    "FP6",
     "FP8",
     "GPTQ",
     "TFMQ",
     "W4A8",
+    "AdaLog",
     "AdaQuant",
     "AttentionPlan",
     "Binary",
@@ -115,7 +127,9 @@ __all__ = [
     "correct_",
     "dequantize_",
     "fewest_bits",
+    "fit_cache",
     "fit_correction",
+    "fold_smoothing_",
     "kernels",
     "load_",
     "plan_of",
@@ -124,7 +138,9 @@ __all__ = [
     "remove_correction_",
     "remove_lora_",
     "save",
+    "save_nunchaku_lite",
     "to_torchao",
+    "unfold_smoothing_",
 ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewstep.errors import PlanError
-from fewstep.quant.formats import Format
+from fewstep.quant.formats import Format, Log
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class LayerPlan:
             object.__setattr__(self, "activation", Format.parse(self.activation))
         object.__setattr__(self, "splits", tuple(self.splits))
         object.__setattr__(self, "times", tuple(float(time) for time in self.times))
+        if isinstance(self.weight.element, Log):
+            raise PlanError(f"weights have signs, {self.weight} has none; it is for inputs behind a shift")
         if self.rank < 0:
             raise PlanError(f"rank is {self.rank}; give 0 or more")
         if self.activation is None and (self.static or self.shift or self.smooth):

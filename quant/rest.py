@@ -22,6 +22,8 @@ _FORMAT = Format.parse("int8:row/f16")
 _LEAST = 4096
 """Numbers of a matrix below which 8 bits are not worth it."""
 _HALF_MAX = 65504.0
+_MODULATING = ("proj_out_1", "norm_out")
+"""AdaLN's linear layers before the last one: at the edge of a model, but they do not see the sample."""
 
 
 def check(rest: str) -> None:
@@ -33,23 +35,25 @@ def check(rest: str) -> None:
 def packed(name: str, value: Tensor, rest: Rest, *, buffer: bool = False) -> tuple[dict[str, Tensor], Any]:
     """What is written of one tensor, by name, and what :func:`restored` must know beside its dtype, None for nothing.
 
-    ``exact``: in the fewest bytes that keep every bit. ``float16``: parameters rounded to float16 where none overflows;
-    codes, scales and buffers exact. ``int8``: so too, and matrices of 4096 numbers or more with 8 bits and a float16 scale
+    ``exact``: in the fewest bytes that keep every bit. ``float16``: numbers rounded to float16 where none overflows;
+    codes, scales and small buffers exact. ``int8``: so too, and matrices of 4096 numbers or more with 8 bits and a float16 scale
     a row (a branch's up-projection: a direction), but for the first and last layers, which see and make the sample itself.
 
     Args:
         name: dotted, of the parameter.
         value: on the CPU.
-        buffer: whether it is a buffer; frequencies and positions are kept exactly.
+        buffer: whether it is a buffer: frequencies and the like, which are few, are kept exactly, tables of positions in
+            float16 at least.
     """
     layer, _, last = name.rpartition(".")
-    fixed = buffer or rest == "exact" or last in (*WEIGHT, *INPUT)
+    fixed = rest == "exact" or last in (*WEIGHT, *INPUT) or (buffer and value.numel() < _LEAST)
     if fixed or value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return {name: narrowest(value)}, None
     top = float(value.abs().max()) if value.numel() else 0.0
     if not top <= _HALF_MAX:  # NaN too
         return {name: value}, None
-    large = value.ndim >= 2 and value.numel() >= _LEAST and role_of(layer, value.ndim == 4) != "edge"
+    sample = role_of(layer, value.ndim == 4) == "edge" and layer.split(".")[0] not in _MODULATING
+    large = not buffer and value.ndim >= 2 and value.numel() >= _LEAST and not sample
     if rest == "float16" or not large:
         return {name: value.half() if value.dtype == torch.float32 else value}, None
     turned = last == "up"

@@ -52,6 +52,33 @@ def test_a_video_has_one_window_for_all_frames_and_its_text_is_always_seen(windo
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=DOUBLE, rtol=DOUBLE)
 
 
+@pytest.mark.parametrize(("window", "prefix", "frames"), [(5, 0, 1), (2, 5, 4), (40, 1, 1)])
+def test_flex_attention_computes_the_same_band(window, prefix, frames):
+    from fewstep.caching.forms.flex import flexed
+
+    q, k, v = qkv(prefix + 32).float()
+    expected, denominator = banded(q, k, v, window, tokens=Tokens(prefix, frames))
+    out, lse = flexed(q, k, v, window, tokens=Tokens(prefix, frames))
+    # float32 sums of some dozens of terms of size 1
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, denominator, atol=1e-5, rtol=1e-5)
+
+
+def test_a_method_with_flex_attention_draws_what_it_draws_without():
+    tiny = TINY["dit"]
+    model, streams = tiny.model(), [tiny.conditioning()]
+    found = []
+    for flex in (False, True):
+        with caching.applied(model, caching.ReAttention(1, 2, 1, flex=flex), num_inference_steps=4) as controller:
+            found.append(trajectory(tiny, model, streams))
+            assert controller.report().hit_rate > 0
+    plan = caching.ReAttention(1, 2, 1, flex=True).compile(family_of(model), 4)
+    assert "flex=1" in plan.sites[0]
+    assert plan.cost(model).total == caching.ReAttention(1, 2, 1).compile(family_of(model), 4).cost(model).total
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)  # the same sums in another order, four steps long
+
+
 @pytest.mark.parametrize("block", [5, 37, 1024])
 def test_the_full_denominator_does_not_depend_on_blocks(block):
     q, k, _ = qkv()

@@ -103,7 +103,7 @@ def test_a_calibrated_plan_and_reuse_of_guidance_whose_steps_do_not_fit(dit):
     expected = stacked(dit, line)
     # the same sums with weights rounded to float32 and in another order
     torch.testing.assert_close(weighted, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-    other = Weighted.polynomial("blocks", actions, 2, 1).moved([0.5] * 4)
+    other = Weighted.polynomial("blocks", actions, 2, 1).moved(np.full(4, 0.5))
     assert not torch.allclose(stacked(dit, other.plan), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 

@@ -65,6 +65,32 @@ def test_the_widest_gates_are_computed_within_the_budget():
     assert computed.min() > reused.max()
 
 
+def test_an_exchange_is_of_the_gates_whose_logits_ask_most_for_it():
+    made = gates(torch.zeros(4, 3))
+    table = np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=np.int8)
+    with torch.no_grad():
+        made.logits[:] = torch.where(torch.from_numpy(table == Action.COMPUTE), 0.5, -0.5)
+        assert made.exchange(table, 0.9) is None  # nothing has moved
+        made.logits[3, 0] += 0.4  # shut
+        made.logits[2, 2] += 0.3
+        made.logits[1, 0] -= 0.2  # open
+        made.logits[0, 1] -= 0.9  # of a step that is always computed
+    assert made.exchange(table, 0.9) == ([3, 1], [0, 0])
+    made.settle(table, ([3, 1], [0, 0]))
+    assert made.exchange(table, 0.9)[0][0] == 2
+
+
+def test_an_exchange_keeps_the_budget():
+    costs = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    made = gates(torch.zeros(3, 2), costs=costs)
+    table = np.array([[0, 0], [1, 0], [1, 0]], dtype=np.int8)  # two of three cheap cells; 1 - (0.5 + 0.5) / 3
+    with torch.no_grad():
+        made.logits[:] = torch.where(torch.from_numpy(table == Action.COMPUTE), 0.5, -0.5)
+        made.logits[1, 0] += 1.0  # the dear one asks, but only a cheap one could make room
+    assert made.exchange(table, 0.7) is None
+    assert made.exchange(table, 0.81) == ([1, 1], [0, 1])  # 0.667 + (0.5 - 0.1) / 3 = 0.8
+
+
 def test_a_budget_below_shut_gates_is_refused():
     with pytest.raises(FewstepError, match=r"with all gates shut it is 36\.0%"):
         gates(torch.zeros(5, 2)).actions(0.3)
@@ -73,9 +99,7 @@ def test_a_budget_below_shut_gates_is_refused():
 @pytest.mark.parametrize("scheme", ["harmonica", "l2c"])
 def test_a_trained_router_keeps_its_budget_and_the_weights(dit, scheme):
     before = {name: p.clone() for name, p in dit.transformer.named_parameters()}
-    plan = caching.calibrate(
-        dit, caching.Router(budget=0.75, scheme=scheme, iterations=4, rate=0.5), ["1", "2"], **OPTIONS
-    )
+    plan = caching.calibrate(dit, caching.Router(budget=0.75, scheme=scheme, iterations=3), ["1", "2"], **OPTIONS)
     assert plan.cost(dit.transformer).share <= 0.75 + 1e-6
     assert (plan.actions[0] == Action.COMPUTE).all()
     if scheme == "l2c":
@@ -181,8 +205,21 @@ def test_erta_makes_a_plan_and_a_grid_that_the_scheduler_ends_up_with():
 
 
 def test_erta_refuses_models_that_are_no_flows(dit):
-    with pytest.raises(FewstepError, match="for flow models"):
+    with pytest.raises(FewstepError, match="are for flow models"):
         caching.calibrate(dit, caching.ERTACache(), ["1"], **OPTIONS)
+
+
+def test_without_its_steps_erta_serves_other_models(dit):
+    plan = caching.calibrate(dit, caching.ERTACache(budget=0.6, adjust=False), ["1"], **OPTIONS)
+    assert "sigmas" not in plan.provenance
+    assert (plan.actions == Action.COMPUTE).sum() <= 0.6 * STEPS
+    bare = caching.CachePlan(plan.sites, plan.actions)  # the same, without the correction
+    train, _ = Runs.of(dit, ["1"], 4, STEPS, 2.0, 10_000, 2).split(2)
+    uncached, errors = train.latents(), []
+    for made in (plan, bare):
+        with caching.applied(dit, made):
+            errors.append(float((train.latents() - uncached).square().mean()))
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("method", [caching.DPCache(), caching.Router(), caching.ERTACache()])

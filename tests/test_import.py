@@ -37,7 +37,9 @@ PUBLIC = {
     ),
     "quant": (
         "quantize_ dequantize_ save load_ record allocate_bits plan_of kernels QuantPlan LayerPlan QuantReport Format "
-        "Quantized QuantLinear QuantConv2d Call Int8 Int4 W4A8 FP8 FP4 Binary MixedPrecision SVDQuant MixDQ FPQuant AdaQuant"
+        "Quantized QuantLinear QuantConv2d Call Int8 Int4 W4A8 FP8 FP4 Binary MixedPrecision SVDQuant MixDQ FPQuant AdaQuant "
+        "AdaLog FP6 GPTQ TFMQ EfficientDM QuEST BinaryDM BitsFusion Correction fit_correction correct_ fit_cache "
+        "fold_smoothing_ unfold_smoothing_ AttentionPlan to_torchao save_nunchaku_lite"
     ),
     "pipelines": (
         "load models edit generate_parallel guided_denoiser ParallelImages generate_propagated StitchedDenoiser Leap "

@@ -104,7 +104,7 @@ def test_the_noise_that_is_taken_off_is_that_of_the_paper():
         expected = max(0.0, noise**2 - move**2 * float(rest[i])) ** 0.5
         assert float(quiet.noise[i]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert torch.equal(quiet.output, plan.output)
-    assert (quiet.noise <= plan.noise).all() and bool((quiet.noise < plan.noise).any())
+    assert bool((quiet.noise[:-1] < plan.noise[:-1]).all())
     guided = correction.left(float(plan.model_time[0]), guidance=3.0)
     assert guided == pytest.approx((9 + 4) * 0.001)
     halves = table([1.0], rest=[0.01], shared=[0.01])
@@ -135,7 +135,7 @@ def test_noise_of_the_network_and_of_the_sampler_together_are_the_samplers_own()
     quiet = table(plan.model_time.flip(0), rest=[v] * plan.steps).absorbed(plan)
     assert (quiet.noise[:-1] > 0).all()  # nothing was cut off
     own, noisy, absorbed = variance(plan, 0.0), variance(plan, v), variance(quiet, v)
-    p, q = conversion(plan.prediction, plan.basis[-1], plan.alpha[-2], plan.sigma[-2])
+    _, q = conversion(plan.prediction, plan.basis[-1], plan.alpha[-2], plan.sigma[-2])
     last = float(plan.output[-1, 0] * q) ** 2 * v  # the last step adds no noise that could be less
     assert noisy > own + last + 0.02
     assert absorbed - last == pytest.approx(own, rel=1e-9)

@@ -15,7 +15,7 @@ from fewstep.quant.layers.build import build, layer_arrays, quant_layer
 
 PAIRS = (
     ("int8:row", "int8:row"), ("int4:g64", "int8:row"), ("int4:g64", "int4:g64"), ("fp8", "fp8"), ("mxfp8", "mxfp8"),
-    ("nvfp4", "nvfp4"),
+    ("nvfp4", "nvfp4"), ("mxfp6", "mxfp6"),
 )  # fmt: skip
 TOLERANCE = 128 * 2.0**-24
 """128 products in float32, in another order."""
@@ -44,6 +44,11 @@ def main() -> None:
     layer = build(convolution, LayerPlan("int8:row", "int8:row"))
     layer.backend = "reference"
     assert relative(fused.conv2d(layer, images), layer(images)) < 288 * 2.0**-24
+    layer = build(nn.Conv2d(128, 16, 1).requires_grad_(False), LayerPlan("int8:row", "int8:row"))
+    layer.backend = "reference"
+    pixels = torch.randn(2, 128, 3, 5)
+    rows = fused.linear(layer, pixels.permute(0, 2, 3, 1).reshape(-1, 128))
+    assert relative(rows, layer(pixels).permute(0, 2, 3, 1).reshape(-1, 16)) < TOLERANCE
     print("equal")
 
 
@@ -62,6 +67,8 @@ def test_layers_on_the_kernels_equal_the_reference():
         ("int8:row", "int4:g128", "w4a8_linear"),
         ("uint4:g64", "int4:g64", "w4a4_linear"),
         ("nvfp4", "nvfp4", "nvfp4_linear"),
+        ("mxfp6", "mxfp6", "mxfp8_linear"),
+        ("mxfp6", "mxfp8", None),
         ("int8:tensor", "int8:row", None),
         ("zint8:row", "int8:row", None),
         ("int4:g64", "int4:g32", None),

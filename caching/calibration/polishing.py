@@ -2,12 +2,12 @@
 
 At each reused step the site's value is sum_j w_j F(k_j) of the last few computed values, sum_j w_j = 1, the same for all
 channels. That is a handful of numbers a plan, so Gauss-Newton's method can take the end itself for its target: the final
-latents of the cached runs against those of the uncached ones, with differences for derivatives.
+latents of the cached runs against those of the uncached ones, with finite differences for derivatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fewstep.caching.controller import applied
 from fewstep.caching.plan import Actions, CachePlan
 from fewstep.caching.predictors import Affine, Extrapolate
 
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 STEP = 0.05
 """Difference of a weight in a derivative; weights are of the size of 1."""
 DAMPING = (1e-3, 1e-2, 1e-1, 1.0)
@@ -39,7 +40,7 @@ class Weighted:
 
     site: str
     actions: Actions
-    weights: np.ndarray[Any, np.dtype[np.float64]]
+    weights: Vector
 
     @classmethod
     def polynomial(cls, site: str, actions: Actions, depth: int, order: int) -> Weighted:
@@ -68,7 +69,7 @@ class Weighted:
         depth = self.weights.shape[1]
         return [(step, j) for step, past in _reused(self.actions, depth) for j in range(1, len(past))]
 
-    def moved(self, change: Sequence[float]) -> Weighted:
+    def moved(self, change: Vector) -> Weighted:
         """With the free weights changed, one number each."""
         weights = self.weights.copy()
         for (step, j), by in zip(self.free, change, strict=True):
@@ -80,35 +81,46 @@ class Weighted:
 def polished(
     start: Weighted, runs: Runs, uncached: Tensor, iterations: int, tick: Callable[[], None] = lambda: None
 ) -> Weighted:
-    """The weights after some steps of Gauss and Newton that make the summed square of the latents' change less.
+    """The weights after some steps of Gauss and Newton that make the mean RMS change of the samples' latents less.
 
-    An iteration takes one cached trajectory of all samples for each free weight.
+    A mean of root mean squares is a sum of squares weighted by their roots: so a sample that is far off does not decide for
+    all. An iteration takes one cached trajectory of all samples for each free weight.
     """
 
-    def change(made: Weighted) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def change(made: Weighted) -> Vector:
         with applied(runs.pipe, made.plan):
             latents = runs.latents()
         tick()
-        return np.nan_to_num((latents - uncached).double().flatten().numpy(), nan=1e6, posinf=1e6, neginf=-1e6)
+        off: Vector = (latents - uncached).double().flatten(1).numpy()
+        return np.nan_to_num(off, nan=1e6, posinf=1e6, neginf=-1e6)
 
     best, count = start, len(start.free)
     off = change(best)
     for _ in range(iterations if count else 0):
-        slopes = np.stack([(change(best.moved(STEP * unit)) - off) / STEP for unit in np.eye(count)])
-        curvature, downhill = slopes @ slopes.T, -slopes @ off
+        error = _errors(off)
+        balance = 1 / np.sqrt(error + 0.1 * error.mean() + 1e-12)[:, None]
+        slopes = np.stack(
+            [((change(best.moved(STEP * unit)) - off) / STEP * balance).ravel() for unit in np.eye(count)]
+        )
+        curvature, downhill = slopes @ slopes.T, -slopes @ (off * balance).ravel()
         for damping in DAMPING:
             damped = curvature + damping * np.trace(curvature) / count * np.eye(count)
             tried = best.moved(np.linalg.solve(damped, downhill))
             reached = change(tried)
-            if reached @ reached < off @ off:
+            if _errors(reached).mean() < error.mean():
                 break
         else:
             return best
-        gained = 1 - (reached @ reached) / (off @ off)
         best, off = tried, reached
-        if gained < 0.02:
+        if _errors(reached).mean() > 0.98 * error.mean():
             break
     return best
+
+
+def _errors(off: Vector) -> Vector:
+    """(samples,) RMS."""
+    made: Vector = np.sqrt((off**2).mean(1))
+    return made
 
 
 def _reused(actions: Actions, depth: int) -> list[tuple[int, list[int]]]:

@@ -121,7 +121,8 @@ def rectified(
     """The plan with its grid in ``provenance``, and its quality on the held-out samples.
 
     Raises:
-        FewstepError: for a budget that is no share of the MACs, a model that is no flow, or a pipeline without ``sigmas``.
+        FewstepError: for a budget that is no share of the MACs; where steps are adjusted, for a model that is no flow, or a
+            pipeline without ``sigmas``.
     """
     if budget.name != "macs":
         raise FewstepError(
@@ -134,22 +135,23 @@ def rectified(
         )
     paths = recorded(train)
     tick("uncached runs")
-    sigmas = _grid(train)
+    sigmas = _grid(train) if method.adjust else []
     keys = affordable_steps(paths, most)
     actions = np.full((train.steps, 1), Action.REUSE, dtype=np.int8)
     actions[keys] = Action.COMPUTE
-    grid = shortened(paths, keys, sigmas) if method.adjust else list(sigmas[:-1])
-    uncached = test.latents()
-    given = _given(train.pipe.scheduler, grid)
+    uncached, told = test.latents(), dict[str, Any]()
+    if method.adjust:
+        grid = shortened(paths, keys, sigmas)
+        told = {"sigmas": _given(train.pipe.scheduler, grid), "grid": grid}
     plan = CachePlan(
         (RESIDUAL,),
         actions,
         rectification(paths, keys) if method.rectify else Hold(),
         method=method.describe(),
-        provenance={"sigmas": given, "grid": grid},
+        provenance=told,
     )
     tick("held-out runs")
-    cached = replace(test, call={**test.call, "sigmas": given})
+    cached = replace(test, call={**test.call, "sigmas": told["sigmas"]}) if told else test
     return plan, measure(plan, cached, uncached, len(keys) / train.steps)
 
 
@@ -157,7 +159,9 @@ def _grid(runs: Runs) -> list[float]:
     """The noise levels of the scheduler after a run, the end included."""
     scheduler = runs.pipe.scheduler
     if "Flow" not in type(scheduler).__name__ and not getattr(scheduler.config, "use_flow_sigmas", False):
-        raise FewstepError(f"ERTACache is for flow models, the scheduler is {type(scheduler).__name__}")
+        raise FewstepError(
+            f"ERTACache's steps are for flow models, the scheduler is {type(scheduler).__name__}; adjust=False leaves the grid"
+        )
     sigmas = [float(s) for s in scheduler.sigmas]
     if len(sigmas) != runs.steps + 1:
         raise FewstepError(

@@ -35,10 +35,10 @@ OPEN = 5.0
 """Logits stay within -OPEN and OPEN."""
 HEAD_START = 0.5
 """Logit with which the gates of the schedule that training starts from begin open; the others begin shut by as much."""
-CHECKS = 8
-"""How often in a training the plan of the gates is measured."""
-PATIENCE = 3
-"""Measurements without a gain after which training ends."""
+EXCHANGES = 4
+"""Exchanges of an open gate for a shut one that are measured after every trajectory of the training."""
+PATIENCE = 6
+"""Trajectories without a gain after which training ends."""
 TRIES = 8
 """Schedules of whole steps that are measured before training."""
 
@@ -91,6 +91,31 @@ class Gates:
                 actions[step, site] = Action.COMPUTE
                 room -= float(self.costs[site])
         return np.asarray(actions.numpy(), dtype=np.int8)
+
+    def exchange(self, table: Actions, budget: float) -> tuple[list[int], list[int]] | None:
+        """The open and the shut cell of a table whose logits ask most to change places: their steps, and their sites.
+
+        None where no exchange that keeps the budget is asked for.
+        """
+        drift = (self.logits.detach() - _logits(table == Action.COMPUTE, len(self.sites))).numpy()
+        room = (budget - 1) * len(table) + float((table == Action.REUSE) @ self.costs.numpy() @ np.ones(len(table)))
+        learned, costs = self.learned.numpy()[:, None], self.costs.numpy()
+        shut = np.argwhere((table == Action.REUSE) & learned)
+        opened = np.argwhere((table == Action.COMPUTE) & learned)
+        if not len(shut) or not len(opened):
+            return None
+        gain = drift[tuple(shut.T)][:, None] - drift[tuple(opened.T)]
+        fits = costs[shut[:, 1]][:, None] - costs[opened[:, 1]] <= room + 1e-9
+        best = np.unravel_index(np.where(fits, gain, -np.inf).argmax(), gain.shape)
+        if not fits[best] or gain[best] <= 0:
+            return None
+        a, b = shut[best[0]], opened[best[1]]
+        return [int(a[0]), int(b[0])], [int(a[1]), int(b[1])]
+
+    def settle(self, table: Actions, cells: tuple[list[int], list[int]]) -> None:
+        """The cells' logits begin anew, as the table has them."""
+        with torch.no_grad():
+            self.logits[cells] = _logits(table == Action.COMPUTE, len(self.sites))[cells]
 
 
 def train(
@@ -183,36 +208,38 @@ def _logits(computed: Any, sites: int) -> Tensor:
 
 
 def _trained(bench: _Bench, gates: Gates, budget: float) -> Actions:
-    """Train gates, one trajectory an iteration and the batches in turn; of the tables that they come by the best one.
+    """Train gates, one trajectory an iteration and the batches in turn, and follow them as far as that helps.
 
-    Where they get worse they go back to that one and on at half the rate.
+    After every iteration the plan's cells whose logits moved most are exchanged, an open one for a shut one; an exchange stays if
+    the measured error falls, and is forgotten otherwise.
     """
     method, runs = bench.method, bench.runs
     lesson, starts = _Lesson(gates, method, budget), range(0, len(runs), runs.batch)
-    table = gates.actions(budget)
-    best, waited = (bench.error(table), table), 0
+    table, waited = gates.actions(budget), 0
+    least = bench.error(table)
     for iteration in range(method.iterations):
-        lesson.table = gates.actions(budget)
+        lesson.table = table
         with _gated(runs, lesson):
             runs.batch_latents(starts[iteration % len(starts)])
         lesson.steer()
         bench.tick("training gates")
         if iteration == 0:  # from now on by what a step does to the end
-            moved = _moved(runs, bench.sites, lesson.table)
+            moved = _moved(runs, bench.sites, table)
             gates.weights = _weights(moved, lesson.errors if method.proxy == "sensitivity" else None)
             bench.tick("weighing steps")
-        if (iteration + 1) % max(method.iterations // CHECKS, 1) == 0:
-            table = gates.actions(budget)
-            error = bench.error(table)
-            if error < best[0]:
-                best, waited = (error, table), 0
-                continue
-            lesson.rate, waited = lesson.rate / 2, waited + 1
-            with torch.no_grad():
-                gates.logits.copy_(_logits(best[1] == Action.COMPUTE, len(gates.sites)))
-            if waited == PATIENCE:
+        waited += 1
+        for _ in range(EXCHANGES):
+            cells = gates.exchange(table, budget)
+            if cells is None:
                 break
-    return best[1]
+            tried = table.copy()
+            tried[cells] = tried[cells][::-1]
+            if (error := bench.error(tried)) < least:
+                table, least, waited = tried, error, 0
+            gates.settle(table, cells)
+        if waited >= PATIENCE:
+            break
+    return table
 
 
 class _Lesson:
@@ -223,7 +250,7 @@ class _Lesson:
     """
 
     def __init__(self, gates: Gates, method: Router, budget: float) -> None:
-        self.gates, self.method, self.budget, self.rate = gates, method, budget, method.rate
+        self.gates, self.method, self.budget = gates, method, budget
         self.table = gates.actions(budget)
         self.price = 1e-3  # of the MACs' share, in units of the relative error of a call
         self.cache: ModelCache | None = None
@@ -251,7 +278,7 @@ class _Lesson:
         power = float(slope[step].square().mean())
         self.power = power if self.power == 0 else 0.95 * self.power + 0.05 * power
         with torch.no_grad():
-            self.gates.logits -= self.rate * slope / max(self.power, 1e-30) ** 0.5
+            self.gates.logits -= self.method.rate * slope / max(self.power, 1e-30) ** 0.5
             self.gates.logits.clamp_(-OPEN, OPEN)
 
     def fit(self, cell: Cell, step: int, true: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from fewstep.caching.actions import Action
 from fewstep.caching.calibration.budget import Budget
 from fewstep.caching.calibration.fitting import fit
 from fewstep.caching.calibration.keys import Keys, searched
-from fewstep.caching.calibration.plain import plain_plans
+from fewstep.caching.calibration.plain import of_all_sites, of_site, plain_plans
 from fewstep.caching.calibration.polishing import Weighted, polished
 from fewstep.caching.calibration.quality import Quality, measure, worst
 from fewstep.caching.calibration.responses import Responses
@@ -29,6 +30,8 @@ from fewstep.errors import FewstepError
 
 Tick = Callable[[str], None]
 Judged = tuple[CachePlan, Quality]
+NEAR = 1.5
+"""Sites are searched whose even schedules are at most so many times as far off, or as dear, as those of the best site."""
 
 
 @dataclass
@@ -75,6 +78,12 @@ class Setting:
         kept = [judged for judged in found if self.budget.met(judged[1].values(self.budget.name))]
         return min(kept, key=lambda judged: (judged[1].macs_share, judged[1].latent_rms))
 
+    def near(self, judged: Judged, best: Judged) -> bool:
+        """Whether a site's regular schedule is near enough to the best site's for a search to change their order."""
+        if self.budget.name == "macs":
+            return judged[1].latent_rms <= NEAR * best[1].latent_rms
+        return judged[1].macs_share <= NEAR * best[1].macs_share
+
 
 def search(method: DPCache, budget: Budget, train: Runs, test: Runs, tick: Tick) -> Judged:
     """The best plan that keeps the budget, among those of the search and those of plain methods.
@@ -87,14 +96,20 @@ def search(method: DPCache, budget: Budget, train: Runs, test: Runs, tick: Tick)
     first = [(found, site) for site in sites if (found := site.regular()) is not None]
     if not first:
         raise FewstepError(_cannot(budget, min(site.least for site in sites)))
-    chosen = setting.best([found for found, _ in first])
-    site = next(site for found, site in first if found[0] is chosen[0])
-    found = [chosen, *site.searched(chosen)]
-    plain = dict(plain_plans(setting.test, budget, setting.uncached_test, method, site.site, tick))
-    plan, quality = setting.best([*found, *plain.values()])
+    chosen = setting.best([judged for judged, _ in first])
+    own = [chosen]
+    others = [] if method.at is not None else of_all_sites(method.depth)
+    for regular, site in first:
+        if setting.near(regular, chosen):
+            own += site.searched(regular)
+            others += of_site(site.site, method.depth)
+    plain = dict(plain_plans(setting.test, budget, setting.uncached_test, others, tick))
+    plan, quality = setting.best([*own, *plain.values()])
     name = next((name for name, judged in plain.items() if judged[0] is plan), None)
-    told = {"plain": {name: round(judged[1].latent_rms, 6) for name, judged in plain.items()}}
-    return replace(plan, method=method.describe() if name is None else name, provenance=plan.provenance | told), quality
+    told: dict[str, Any] = {"plain": {name: round(judged[1].latent_rms, 6) for name, judged in plain.items()}}
+    return replace(
+        plan, method=method.describe() if name is None else name, provenance={**plan.provenance, **told}
+    ), quality
 
 
 @dataclass

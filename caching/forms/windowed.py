@@ -41,6 +41,7 @@ class Windowed(Role):
             is then one of positions in a frame, the same in every frame, and tokens of text before the video's stay seen.
         patch: positions of the sample to a token along a side, and
         frames: frames to a token; for videos.
+        flex: whether the band is computed by FlexAttention (1), a fused kernel on CUDA, or by plain operations (0).
     """
 
     window: int = 128
@@ -50,6 +51,7 @@ class Windowed(Role):
     axis: int = 0
     patch: int = 1
     frames: int = 1
+    flex: int = 0
 
     def __post_init__(self) -> None:
         if self.window < 0:
@@ -83,7 +85,7 @@ class Windowed(Role):
     def _full(self, at: Moment) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
             whole = scaled_dot_product_attention(q, k, v, scale=scale)
-            near, near_lse = banded(q, k, v, self.window, scale, self._tokens(at, q.shape[2]))
+            near, near_lse = self._near(at, q, k, v, scale)
             rho = None
             if self.rescale:
                 rho = (near_lse - full_logsumexp(q, k, scale)).exp().clamp(max=1)[..., None]
@@ -99,13 +101,21 @@ class Windowed(Role):
         rho, rest = kept.leaves
 
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-            near, _ = banded(q, k, v, self.window, scale, self._tokens(at, q.shape[2]))
+            near, _ = self._near(at, q, k, v, scale)
             if rho is not None:
                 drifted = (rho + self.drift * (at.step - kept.step - 1)).clamp(max=1)
                 near = (drifted * near).to(v.dtype)
             return torch.add(near, rest)
 
         return attend
+
+    def _near(self, at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        tokens = self._tokens(at, q.shape[2])
+        if not self.flex or q.is_meta:  # shapes alone: the plain form has the band's cost
+            return banded(q, k, v, self.window, scale, tokens)
+        from fewstep.caching.forms.flex import flexed
+
+        return flexed(q, k, v, self.window, scale, tokens)
 
     def _tokens(self, at: Moment, count: int) -> Tokens:
         if not self.axis:

@@ -25,7 +25,7 @@ class ERTACache(Method):
 
     Attributes:
         budget: share of the MACs; the threshold follows from it.
-        adjust: whether steps are shortened.
+        adjust: whether steps are shortened; without, it serves any model whose output lies on the sample's grid.
         rectify: whether reused outputs are corrected.
     """
 

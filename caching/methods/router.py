@@ -17,8 +17,8 @@ PROXIES = ("sensitivity", "image")
 class Router(Method):
     """What ``caching.calibrate`` trains into a plan: a gate for every step and branch; the network's weights stay.
 
-    While training a branch gives w F + (1 - w) F_kept, w = 1 for an open gate and 0 for a shut one, with the derivative of the
-    logit's sigmoid; the plan computes the branches whose logits are largest, as many as the budget allows.
+    While training a branch gives w F + (1 - w) F_kept, w = 1 for an open gate and 0 for a shut one, with the derivative of a
+    logit's sigmoid: what it sees are the states that the plan leads to.
 
     ``harmonica``: all steps but the first are gated, along the trajectory that the gated network itself takes, and a step's
     loss is weighted by what switching its gates on does to the final latents (HarmoniCa: Harmonizing Training and Inference
@@ -27,16 +27,17 @@ class Router(Method):
     Transformer via Layer Caching, arXiv 2406.01733, which draws its states by noising training images instead).
 
     What differs from what is published: gates begin as the best schedule of whole steps that a search finds (``l2c``: as a
-    uniform interval) and are hard all along; the plan is measured now and then, training ends when it gets no better, and if
-    on held-out samples it errs more than the schedule that it began as, or than the uniform interval, these are what one
-    gets: ``provenance`` says which. The weight of the gates' sum is steered to the budget (dual ascent). And a step's loss is
-    weighted by how much the final latents move for an error of that size there; HarmoniCa's image error proxy
-    (``proxy="image"``) takes how much they move, whatever the size of the error.
+    uniform interval) and stay hard; where logits ask for it an open gate is exchanged for a shut one, and the exchange stays
+    if the measured error of the final latents falls. If on held-out samples the result errs more than the schedule that it
+    began as, or than the uniform interval, these are what one gets: ``provenance`` says which. The weight of the gates' sum is
+    steered to the budget (dual ascent). And a step's loss is weighted by how much the final latents move for an error of
+    that size there; HarmoniCa's image error proxy (``proxy="image"``) takes how much they move, whatever the size of the
+    error.
 
     Attributes:
         budget: share of the MACs of computing everything.
         scheme: ``harmonica`` or ``l2c``.
-        iterations: most trajectories to train on, one batch each.
+        iterations: most trajectories to train on, one batch each; fewer where nothing is gained any more.
         rate: step of a logit whose gradient is of the usual size.
         proxy: weights of the steps' losses, ``sensitivity`` or ``image``.
         depth: computed values that a fitted affine correction of the finished plan reads, 1 or 2; 0 holds, as published.

@@ -31,6 +31,7 @@ class ReAttention(Method):
         warmup: steps at the start that are full.
         drift: added to rho a step.
         rescale: False leaves rho at 1: window attention with residual sharing, DiTFastAttn's WA-RS.
+        flex: whether windows are computed by FlexAttention, which is a fused kernel on CUDA.
     """
 
     window: int = 64
@@ -38,6 +39,7 @@ class ReAttention(Method):
     warmup: int = 6
     drift: float = 0.04
     rescale: bool = True
+    flex: bool = False
 
     def __post_init__(self) -> None:
         check_interval(self.interval)
@@ -45,7 +47,7 @@ class ReAttention(Method):
 
     def sites(self, family: Family) -> list[str]:
         options = {"window": self.window, "rescale": int(self.rescale), "drift": self.drift, "outputs": 0}
-        options |= video_options(family)
+        options |= video_options(family) | ({"flex": 1} if self.flex else {})
         return [
             family.site(form_name("window", path, **options)).name for path in self_attentions(family, "ReAttention")
         ]

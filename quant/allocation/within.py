@@ -87,7 +87,7 @@ def contributions(model: nn.Module, plan: QuantPlan, calls: Sequence[Call], seed
             def arrived(gradient: Tensor) -> None:
                 shares[site.name] += noise * float(gradient.double().square().sum())
 
-            kept.register_hook(arrived)
+            kept.register_hook(arrived)  # type: ignore[no-untyped-call]
             return kept
 
         return hook
@@ -99,7 +99,7 @@ def contributions(model: nn.Module, plan: QuantPlan, calls: Sequence[Call], seed
             with torch.enable_grad():
                 out = call.to(device).run(model)
                 signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
-                (out * signs).sum().backward()
+                (out * signs).sum().backward()  # type: ignore[no-untyped-call]
             signal.append(float(out.detach().double().square().sum()))
     finally:
         for handle in handles:

@@ -70,7 +70,7 @@ def rounded_tokens(x: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
     element: Integer | Minifloat = INT8 if kind == "int8" else E4M3
     tokens = x.shape[-2]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % block))
-    top = padded.unflatten(-2, (-1, block)).abs().amax((-2, -1))
+    top = padded.reshape(*x.shape[:-2], -1, block, x.shape[-1]).abs().amax((-2, -1))
     scale = (top / element.max).clamp(min=2.0**-126)
     scale = scale.repeat_interleave(block, dim=-1)[..., :tokens, None]
     return element.round(x / scale), scale

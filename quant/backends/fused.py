@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 KERNELS = "fewstep.quant.kernels.triton"
 _BLOCKS = {"mxfp8": "mxfp8_linear", "mxfp4": "mxfp4_linear", "nvfp4": "nvfp4_linear"}
 _GROUPS = (32, 64, 128)
+_AS_MXFP8 = "mxfp6"
+"""Its numbers all are E4M3 numbers, so its codes are written anew and multiplied as such, exactly; a byte each."""
 
 
 class Fused(Backend):
@@ -31,6 +34,7 @@ class Fused(Backend):
         ("int8:row", "int8:row"),
         ("fp8", "fp8"),
         ("mxfp8", "mxfp8"),
+        ("mxfp6", "mxfp6"),
         ("nvfp4", "nvfp4"),
     )
 
@@ -55,9 +59,11 @@ class Fused(Backend):
         return f"its rows of codes are read 16 at a time, K={k} is no multiple" if k % 16 else None
 
     def pack(self, weight: Quantized) -> dict[str, Any]:
+        weight = _widened(weight)
         return {"format": weight.format, **weight.packed()}
 
     def product(self, activation: Quantized, packed: dict[str, Any]) -> Tensor:
+        activation = _widened(activation)
         kept = activation.packed()
         rows = _call(
             "QuantizedRows", format=activation.format, columns=activation.shape[1], codes=kept["codes"].view(torch.uint8),
@@ -73,7 +79,7 @@ class Fused(Backend):
     def linear(self, layer: QuantLinear | QuantConv2d, flat: Tensor) -> Tensor:
         plan = layer.plan
         assert plan.activation is not None
-        if plan.static or (plan.rank and plan.rank > 128):
+        if plan.static or (plan.rank and plan.rank > 128) or str(plan.weight) == _AS_MXFP8:
             return super().linear(layer, flat)
         kernel = _kernel(plan.activation, plan.weight)
         assert kernel is not None
@@ -109,6 +115,8 @@ def _kernel(activation: Format | None, weight: Format) -> str | None:
     """Which kernel multiplies these formats."""
     if activation is None:
         return None
+    if str(activation) == str(weight) == _AS_MXFP8:
+        return "mxfp8_linear"
     if str(activation) == str(weight) and str(weight) in _BLOCKS:
         return _BLOCKS[str(weight)]
     if activation.element == E4M3 and str(activation) == str(weight) == "fp8":
@@ -123,6 +131,13 @@ def _kernel(activation: Format | None, weight: Format) -> str | None:
         return None
     by_width = {(8, 8): "int8_linear", (8, 4): "w4a8_linear", (4, 4): "w4a4_linear"}
     return by_width.get((a.bits, w.bits)) if a.kind == "int" or a.bits == 4 else None
+
+
+def _widened(q: Quantized) -> Quantized:
+    if str(q.format) != _AS_MXFP8:
+        return q
+    values = q.format.element.decode(q.codes)  # type: ignore[union-attr]
+    return replace(q, format=Format.parse("mxfp8"), codes=E4M3.encode(values))
 
 
 def _call(name: str, *args: Any, **options: Any) -> Any:

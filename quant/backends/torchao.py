@@ -80,11 +80,13 @@ class TorchAO(Backend):
 
     def product(self, activation: Quantized, packed: Any) -> Tensor:
         multiply = importlib.import_module("torchao.kernel.intmm").int_scaled_matmul
+        scale: Tensor = packed.scale
         out: Tensor = multiply(activation.codes.contiguous(), packed.qdata.t(), activation.scale.contiguous())
-        return out * packed.scale.reshape(1, -1)
+        return out * scale.reshape(1, -1)
 
     def floats(self, x: Tensor, packed: Any) -> Tensor:
-        return F.linear(x.float(), packed)
+        out: Tensor = F.linear(x.float(), packed)
+        return out
 
 
 def _class(module: str, name: str) -> Any:

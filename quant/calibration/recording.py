@@ -60,7 +60,9 @@ def record(
         call = Call(args, kwargs)
         rows = call.batch
         if rows % samples:
-            raise FewstepError(f"the network was called with {rows} rows for {samples} samples; which is whose is unknown")
+            raise FewstepError(
+                f"the network was called with {rows} rows for {samples} samples; which is whose is unknown"
+            )
         call = Call(args, kwargs, tuple(i % samples for i in range(rows)))
         if keep is not None and keep < rows:
             count = max(1, keep * samples // rows)

@@ -1,5 +1,7 @@
 """A plan as torchao's config by name, which ``torchao.quantize_`` and diffusers' ``TorchAoConfig`` take."""
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+
 from __future__ import annotations
 
 from collections import OrderedDict

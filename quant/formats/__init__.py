@@ -10,6 +10,7 @@ from fewstep.quant.formats.elements import E3M2 as E3M2
 from fewstep.quant.formats.elements import E4M3 as E4M3
 from fewstep.quant.formats.elements import E5M2 as E5M2
 from fewstep.quant.formats.elements import Integer as Integer
+from fewstep.quant.formats.elements import Log as Log
 from fewstep.quant.formats.elements import Minifloat as Minifloat
 from fewstep.quant.formats.elements import Sign as Sign
 from fewstep.quant.formats.elements import element as element

@@ -1,4 +1,4 @@
-"""What one number is stored as: an integer, a small float or a sign, each with its codes and the values they stand for.
+"""What one number is stored as: an integer, a small float, a power or a sign, each with its codes and their values.
 
 An element knows nothing of scales: it rounds numbers that already lie in its range. :mod:`.format` scales them there.
 """
@@ -209,7 +209,66 @@ class Sign:
         return 1.0
 
 
-Element = Integer | Minifloat | Sign
+@dataclass(frozen=True)
+class Log:
+    """Powers from 1 down: code q is 2^(-q step / 16), the last code 0. For numbers that are not negative and mostly small.
+
+    After a softmax or a GELU; ``step`` 16 is log2, 8 is log sqrt 2, others are bases found by search. Rounded to the nearest
+    exponent; below half of the smallest power there is 0.
+
+    Source: RepQ-ViT, 2212.08254, sec. 3.4 (log sqrt 2); AdaLog, 2407.12951, sec. 3.2 (the base a parameter).
+    """
+
+    bits: int
+    step: int = 16
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8 or not 1 <= self.step <= 64:
+            raise FewstepError(
+                f"log{self.bits}s{self.step}: powers have 2 to 8 bits, steps of 1 to 64 sixteenths of an octave"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"log{self.bits}" + ("" if self.step == 16 else f"s{self.step}")
+
+    @property
+    def storage_bits(self) -> int:
+        return self.bits
+
+    @property
+    def cost_bits(self) -> float:
+        return float(self.bits)
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    @property
+    def max(self) -> float:
+        return 1.0
+
+    @property
+    def least(self) -> float:
+        """The smallest power."""
+        return float(2.0 ** (-(2**self.bits - 2) * self.step / 16))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes, uint8; negative numbers have that of 0."""
+        last = 2**self.bits - 1
+        exponents = (-16 / self.step * x.clamp(min=self.least / 2, max=1).log2()).round().clamp(0, last - 1)
+        return torch.where(x < self.least / 2, float(last), exponents).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        values = torch.exp2(codes.to(torch.float32) * (-self.step / 16))
+        return torch.where(codes == 2**self.bits - 1, 0.0, values)
+
+    def round(self, x: Tensor) -> Tensor:
+        """``decode(encode(x))`` in the dtype of x."""
+        return self.decode(self.encode(x)).to(x.dtype)
+
+
+Element = Integer | Minifloat | Log | Sign
 
 E4M3 = Minifloat(4, 3, "fn")
 E5M2 = Minifloat(5, 2, "ieee")
@@ -219,11 +278,12 @@ E2M3 = Minifloat(2, 3)
 
 _INTEGER = re.compile(r"(int|uint|zint|bint)([1-8])")
 _FLOAT = re.compile(r"e([1-6])m([0-6])")
+_LOG = re.compile(r"log([2-8])(?:s([1-9][0-9]?))?")
 _SIGN = re.compile(r"bin([1-8])")
 
 
 def element(name: str) -> Element:
-    """``int4``, ``uint8``, ``zint8``, ``bint2``, ``e4m3``, ``e2m1``, ``bin1`` ... by name.
+    """``int4``, ``uint8``, ``zint8``, ``bint2``, ``e4m3``, ``e2m1``, ``log4s8``, ``bin1`` ... by name.
 
     Raises:
         FewstepError: for a name that is none of these.
@@ -233,9 +293,13 @@ def element(name: str) -> Element:
     if match := _FLOAT.fullmatch(name):
         known = {f.name: f for f in (E4M3, E5M2)}
         return known.get(name) or Minifloat(int(match[1]), int(match[2]))
+    if match := _LOG.fullmatch(name):
+        return Log(int(match[1]), int(match[2] or 16))
     if match := _SIGN.fullmatch(name):
         return Sign(int(match[1]))
-    raise FewstepError(unknown("number format", name, ("int4", "uint4", "zint8", "bint2", "e4m3", "e2m1", "bin1")))
+    raise FewstepError(
+        unknown("number format", name, ("int4", "uint4", "zint8", "bint2", "e4m3", "e2m1", "log4", "bin1"))
+    )
 
 
 def _above(element: Minifloat) -> int:

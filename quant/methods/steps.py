@@ -35,7 +35,7 @@ def rounded_through(
     scaled = groups / whole.unsqueeze(-1)
     offset = 0.0 if zero is None else zero.unsqueeze(-1)
     element = format.element
-    low = float(element.low) if isinstance(element, Integer) else -element.max
+    low = float(element.low) if isinstance(element, Integer) else -element.max if element.signed else 0.0
     high = float(element.high) if isinstance(element, Integer) else element.max
     inside = (scaled + offset).clamp(low, high)
     values = through(inside, element.round(inside.detach())) - offset

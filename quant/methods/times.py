@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ def time_bins(calls: Sequence[Call], count: int) -> tuple[float, ...]:
         raise FewstepError("input scales by time need calibration calls that are told their time, see quant.record")
     count = min(count, len(found))
     edges = [round(i * len(found) / count) for i in range(count + 1)]
-    return tuple(sum(found[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(sum(found[a:b]) / (b - a) for a, b in itertools.pairwise(edges))
 
 
 def stored(plan: LayerPlan, times: Sequence[float] = ()) -> LayerPlan:
@@ -69,7 +70,9 @@ def input_scales(site: Site, plan: LayerPlan, inputs: LayerInputs | None, *, cli
         mine = [c for c, time in enumerate(inputs.times) if not plan.times or _nearest(plan.times, time) == i]
         mine = mine or list(range(len(inputs.low)))
         ends = torch.stack([inputs.low[mine].min(), inputs.high[mine].max()]).float().reshape(1, 2)
-        found.append(_clipped(_rows(site, inputs, mine), plan.activation, ends) if clip else _scale(plan.activation, ends))
+        found.append(
+            _clipped(_rows(site, inputs, mine), plan.activation, ends) if clip else _scale(plan.activation, ends)
+        )
     scale = torch.cat([s for s, _ in found])
     zeros = [z for _, z in found if z is not None]
     device = site.weight.device

@@ -169,6 +169,7 @@ class QuEST(Distilled):
     """
 
     only: tuple[str, ...] = ("ff", "to_q", "attn1.to_k", "attn1.to_v", "attn.to_k", "attn.to_v")
+    rate: float = 0.005
     embeddings: bool = field(default=False, kw_only=True)
 
     def kept(self, site: Site) -> str | None:

@@ -86,20 +86,28 @@ class Feed:
         return torch.tensor([self.chance(t / top) if top > 0 and t == t else 1.0 for t in times]).double()
 
     def _rows(self, chosen: Sequence[int], generator: torch.Generator) -> list[tuple[int, list[int]]]:
-        """The same samples of every chosen call where all have them, else rows of their own."""
-        owners = [self._owners(place) for place in chosen]
-        common = sorted(set.intersection(*(set(o) for o in owners)))
-        if len(chosen) > 1 and (not common or len({tuple(o) for o in owners}) > 1):
-            return [entry for place in chosen[:1] for entry in self._rows([place], generator)]
+        """The same samples of every chosen call, in the same order; of the first call alone where they have none in common."""
+        owned = [self._owned(place) for place in chosen]
+        common = sorted(s for s, rows in owned[0].items() if all(len(o.get(s, ())) == len(rows) for o in owned))
+        if not common:
+            return self._rows(chosen[:1], generator)
         picked: list[int] = []
+        count = 0
         for j in torch.randperm(len(common), generator=generator).tolist():
-            mine = [k for k, owner in enumerate(owners[0]) if owner == common[j]]
-            if picked and len(picked) + len(mine) > self.rows:
+            more = len(owned[0][common[j]])
+            if picked and count + more > self.rows:
                 break
-            picked += mine
-        return [(self.part[place][0], [self.part[place][1][k] for k in sorted(picked)]) for place in chosen]
+            picked.append(common[j])
+            count += more
+        return [
+            (self.part[place][0], [r for s in picked for r in o[s]]) for place, o in zip(chosen, owned, strict=True)
+        ]
 
-    def _owners(self, place: int) -> list[int]:
+    def _owned(self, place: int) -> dict[int, list[int]]:
+        """The rows of each sample; where nothing is known of samples each row is one."""
         call, rows = self.part[place]
         samples = self.calls[call].samples
-        return [r if samples is None else samples[r] for r in rows]
+        found: dict[int, list[int]] = {}
+        for row in rows:
+            found.setdefault(row if samples is None else samples[row], []).append(row)
+        return found

@@ -8,7 +8,6 @@ from step to step. w_i is how far an error at call i moves the sample (:mod:`.we
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from fewstep.quant.training.features import Features
 from fewstep.quant.training.judge import Judge, fell
 from fewstep.quant.training.layers import Trainable, TrainedLayer
 from fewstep.quant.training.weights import call_weights
-
 
 Layers = Mapping[str, tuple[nn.Module, Trainable]]
 
@@ -87,23 +85,25 @@ def distil(
         (``drift``, their RMS in standard deviations), the latter None where the sampler is not at hand; and what was kept.
     """
     judge = Judge(model, original, calls)
-    noise, drifts = judge.noise(), judge.drifts()
+
+    def measured() -> tuple[float, Tensor | None, float]:
+        with _taught(model, original, calls, schedule) as teacher:
+            unlike = teacher.error(model, judge.calls) if teacher is not None and schedule.blind else 0.0
+        return judge.noise(), judge.drifts(), unlike
+
+    noise, drifts, unlike = measured()
     with training(model, layers) as trained, _taught(model, original, calls, schedule) as teacher:
-        start = _state(trained)
-        unlike = teacher.error(model, judge.calls) if teacher is not None else math.inf
         _train(model, original, trained, calls, schedule, teacher, targets)
-        after = judge.noise(), judge.drifts()
-        if teacher is not None and schedule.blind:  # features are all it is trained for
-            better = teacher.error(model, judge.calls) < unlike
-            better &= drifts is None or after[1] is None or float(after[1].mean()) <= float(drifts.mean())
-        else:
-            better = after[0] < noise if drifts is None or after[1] is None else fell(drifts, after[1])
-        if not better:
-            _load(trained, start)
-    if better:
-        _store(model, trained)
+    before = _store(model, trained)
+    after = measured()
+    if schedule.blind:  # features are all it is trained for
+        no_further = drifts is None or after[1] is None or float(after[1].mean()) <= float(drifts.mean())
+        better = no_further and after[2] < unlike
     else:
-        after = noise, drifts
+        better = after[0] < noise if drifts is None or after[1] is None else fell(drifts, after[1])
+    if not better:
+        _restore(model, before)
+        after = noise, drifts, unlike
     return {
         "noise_before_training": noise,
         "noise_after_training": after[0],
@@ -206,11 +206,13 @@ def _groups(trained: Mapping[str, TrainedLayer], schedule: Schedule) -> list[dic
     return groups
 
 
-def _store(model: nn.Module, trained: Mapping[str, TrainedLayer]) -> None:
-    """Codes, scales and biases of what was trained, into the quantised layers."""
+def _store(model: nn.Module, trained: Mapping[str, TrainedLayer]) -> dict[str, dict[str, nn.Parameter | None]]:
+    """Codes, scales and biases of what was trained, into the quantised layers; what was there before."""
+    before: dict[str, dict[str, nn.Parameter | None]] = {}
     for path, source in trained.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, QuantLayer)
+        before[path] = {name: getattr(layer, name) for name in ("codes", "scale", "bias", "input_scale")}
         codes, bias = source.finished()
         layer.codes = _fixed(codes.packed()["codes"])
         layer.scale = _fixed(stored(codes.scale, layer.plan.weight.scale))
@@ -220,15 +222,16 @@ def _store(model: nn.Module, trained: Mapping[str, TrainedLayer]) -> None:
         if inputs is not None:
             layer.input_scale = _fixed(inputs.detach())
         layer.memory.clear()
+    return before
 
 
-def _load(trained: Mapping[str, TrainedLayer], state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for path, values in state.items():
-        trained[path].load_state_dict(values)
-
-
-def _state(trained: Mapping[str, TrainedLayer]) -> dict[str, dict[str, Tensor]]:
-    return {path: {n: v.detach().clone() for n, v in layer.state_dict().items()} for path, layer in trained.items()}
+def _restore(model: nn.Module, arrays: Mapping[str, Mapping[str, nn.Parameter | None]]) -> None:
+    for path, values in arrays.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, QuantLayer)
+        for name, value in values.items():
+            setattr(layer, name, value)
+        layer.memory.clear()
 
 
 def _hang(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -55,7 +55,7 @@ class TrainedLayer(nn.Module):
         self.geometry._parameters = {}
         start = quantized.quantized_weight()
         self.start = start
-        self.base = weight_matrix(weight.detach()).float()
+        self.base = _agreeing(weight_matrix(weight.detach()).float(), start)
         n, k = self.base.shape
         self.stretch = nn.Parameter(
             torch.zeros_like(start.scale), requires_grad=what.scales and start.format.scale != "e8m0"
@@ -65,12 +65,16 @@ class TrainedLayer(nn.Module):
             torch.zeros(n, device=weight.device) if bias is None else bias.detach().float().clone()
         )
         self.bias.requires_grad_(what.bias)
-        self.moment, self.zeros = quantized.moment, quantized.input_zero
-        self.first_scale = quantized.input_scale
-        self.input_stretch = None
+        self.moment = quantized.moment
+        self.zeros, self.first_scale = (
+            None if value is None else value.detach() for value in (quantized.input_zero, quantized.input_scale)
+        )
+        self.input_stretch: nn.Parameter | None = None
         if self.first_scale is not None and what.inputs:
             self.input_stretch = nn.Parameter(torch.zeros_like(self.first_scale))
-        self.a = self.b = self.delta = None
+        self.a: nn.Parameter | None = None
+        self.b: nn.Parameter | None = None
+        self.delta: nn.Parameter | None = None
         if what.weight == "full":
             self.delta = nn.Parameter(torch.zeros_like(self.base))
         elif what.weight == "low rank":
@@ -109,10 +113,10 @@ class TrainedLayer(nn.Module):
         act, scale, zero = self.plan.activation, self.input_scales(), self.zeros
         if act is None:
             return matrix
-        if self.plan.times and scale is not None:
-            assert self.moment is not None
-            scale, zero = self.moment.pick(scale), None if zero is None else self.moment.pick(zero)
-        return rounded_through(matrix, act, scale, zero)
+        if not self.plan.times or scale is None:
+            return rounded_through(matrix, act, scale, zero)
+        assert self.moment is not None
+        return rounded_through(matrix, act, self.moment.pick(scale), None if zero is None else self.moment.pick(zero))
 
     def forward(self, input: Tensor) -> Tensor:
         weight, act = self.rounded(), self.plan.activation
@@ -130,9 +134,18 @@ class TrainedLayer(nn.Module):
     def finished(self) -> tuple[Quantized, Tensor]:
         """Codes with the trained scales, and the bias."""
         scale, format = self.start.scale, self.plan.weight
+        if self.what.weight == "none" and not self.what.scales:
+            return self.start, self.bias.detach()
         if self.stretch.requires_grad:
             scale = restorable(scale * self.stretch.exp(), format)
         return format.encode(self.merged(), scale, self.start.zero, self.start.tensor_scale), self.bias.detach()
+
+
+def _agreeing(matrix: Tensor, start: Quantized) -> Tensor:
+    """The float weights where the codes are theirs, and what the codes stand for where others were chosen."""
+    chosen = start.decode()
+    nearest = start.format.encode(matrix, start.scale, start.zero, start.tensor_scale).decode()
+    return torch.where(nearest == chosen, matrix, chosen)
 
 
 def signs_through(matrix: Tensor, format: Format, scale: Tensor) -> Tensor:

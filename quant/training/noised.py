@@ -55,8 +55,8 @@ def with_sample(call: Call, x: Tensor) -> Call:
     Raises:
         FewstepError: where the call has none of that shape.
     """
-    named = next((name for name in _SAMPLES if isinstance(call.kwargs.get(name), Tensor)), None)
-    found = call.args[0] if call.args else call.kwargs.get(named or "")
+    named = next((name for name in _SAMPLES if isinstance(call.kwargs.get(name), Tensor)), "")
+    found = call.args[0] if call.args else call.kwargs.get(named)
     if not isinstance(found, Tensor) or found.shape != x.shape:
         raise FewstepError(f"the network takes no sample of shape {tuple(x.shape)}, which its sampler ends with")
     x = x.to(found)

@@ -42,7 +42,9 @@ def int8_attention(
     if (plan.qk, plan.pv) != ("int8", "float16"):
         raise FewstepError(f"the Triton kernel computes int8 QK and float16 PV, not {plan}")
     if query.ndim != 4 or query.dtype not in FLOATS:
-        raise FewstepError(f"queries of {query.dtype} and shape {tuple(query.shape)}; floats of (B, H, L, D) are needed")
+        raise FewstepError(
+            f"queries of {query.dtype} and shape {tuple(query.shape)}; floats of (B, H, L, D) are needed"
+        )
     batch, heads, tokens, dim = query.shape
     if key.shape[:2] != (batch, heads) or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
         raise FewstepError(
@@ -58,11 +60,13 @@ def int8_attention(
     scale = 1 / math.sqrt(dim) if scale is None else scale
     sides = [
         rounded_tokens(x, block, "int8")
-        for x, block in zip((query.float() * (scale * math.log2(math.e)), smoothed(key, plan)), plan.blocks, strict=True)
+        for x, block in zip(
+            (query.float() * (scale * math.log2(math.e)), smoothed(key, plan)), plan.blocks, strict=True
+        )
     ]
     codes = [side.to(torch.int8).contiguous() for side, _ in sides]
     # One scale a block is all that the kernel reads.
-    steps = [s[..., :: block, 0].contiguous() for (_, s), block in zip(sides, plan.blocks, strict=True)]
+    steps = [s[..., ::block, 0].contiguous() for (_, s), block in zip(sides, plan.blocks, strict=True)]
     values = value.half().contiguous()
     out = torch.empty(batch, heads, tokens, value.shape[3], dtype=query.dtype, device=query.device)
     if out.numel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypedDict
+
 import torch
 from torch import Tensor
 
@@ -12,22 +14,26 @@ from fewstep.quant.kernels.triton.products import SCALES, Epilogue, epilogue, ro
 from fewstep.quant.kernels.triton.rows import MixedRows, QuantizedRows, quantize_mixed
 from fewstep.quant.kernels.triton.support import Capability
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 PRODUCT_GROUPS = (32, 64, 128)
 BAND = 8
 
 
+class Options(TypedDict, total=False):
+    """What the products of one kind of activation take by name."""
+
+    activation: str | Format
+    smooth: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    activation_scale: Tensor | None
+    out_dtype: torch.dtype | None
+
+
 def int8_linear(
-    x: Tensor | QuantizedRows,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | Format = "int8:row",
-    smooth: Tensor | None = None,
-    down: Tensor | None = None,
-    up: Tensor | None = None,
-    activation_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor | QuantizedRows, codes: Tensor, scale: Tensor, bias: Tensor | None = None, **options: Unpack[Options]
 ) -> Tensor:
     """Y = s_x s_w (Q_x Q_w^T) + (X A^T) B^T + b with 8-bit activations and weights; exact int32 sums within a group.
 
@@ -49,31 +55,17 @@ def int8_linear(
     Raises:
         FewstepError: for a shape, dtype, format or device that the kernel does not take; without Triton.
     """
-    ready("int8_linear", _tensor(x))
-    rows = rows_of(x, activation, "int8", smooth=smooth, down=down, scale=activation_scale)
-    return shaped(_product("int8_linear", rows, None, rows.columns, codes, scale, 8, bias, up, out_dtype), x)
+    return _linear("int8_linear", 8, x, codes, scale, bias, **options)
 
 
 def w4a8_linear(
-    x: Tensor | QuantizedRows,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | Format = "int8:row",
-    smooth: Tensor | None = None,
-    down: Tensor | None = None,
-    up: Tensor | None = None,
-    activation_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor | QuantizedRows, codes: Tensor, scale: Tensor, bias: Tensor | None = None, **options: Unpack[Options]
 ) -> Tensor:
     """As :func:`int8_linear` with weights of 4 bits: ``codes`` (N, K / 2) bytes, the even column in the low nibble.
 
     Codes are two's complement, -8 to 7. ``scale`` is (N, K / group), or (N, 1).
     """
-    ready("w4a8_linear", _tensor(x))
-    rows = rows_of(x, activation, "int8", smooth=smooth, down=down, scale=activation_scale)
-    return shaped(_product("w4a8_linear", rows, None, rows.columns, codes, scale, 4, bias, up, out_dtype), x)
+    return _linear("w4a8_linear", 4, x, codes, scale, bias, **options)
 
 
 def w4a4_linear(
@@ -82,24 +74,17 @@ def w4a4_linear(
     scale: Tensor,
     bias: Tensor | None = None,
     *,
-    activation: str | Format = "int4:g64",
-    smooth: Tensor | None = None,
     shift: float = 0.0,
-    down: Tensor | None = None,
-    up: Tensor | None = None,
-    activation_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
-    """As :func:`w4a8_linear` with activations in ``int4`` or ``uint4``, packed in the same way.
+    """As :func:`w4a8_linear` with activations in ``int4`` or ``uint4``, packed in the same way; ``int4:g64`` by default.
 
     With ``shift`` and ``activation="uint4:g64"`` the codes are those of (x + shift) / smooth, while the low-rank branch
     reads x. The bias that is given has to make up for it: b - shift * sum_k W[n, k] / smooth[k], W the dequantised weight.
 
     Source: SVDQuant, 2411.05007, sec. 4.
     """
-    ready("w4a4_linear", _tensor(x))
-    rows = rows_of(x, activation, "int4 or uint4", smooth=smooth, shift=shift, down=down, scale=activation_scale)
-    return shaped(_product("w4a4_linear", None, rows, rows.columns, codes, scale, 4, bias, up, out_dtype), x)
+    return _linear("w4a4_linear", 4, x, codes, scale, bias, shift=shift, **{"activation": "int4:g64", **options})  # type: ignore[arg-type]
 
 
 def w4ax_linear(
@@ -145,6 +130,30 @@ def w4ax_linear(
 
 def _tensor(x: Tensor | QuantizedRows) -> Tensor:
     return x if isinstance(x, Tensor) else x.codes
+
+
+def _linear(
+    name: str,
+    bits: int,
+    x: Tensor | QuantizedRows,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | Format = "int8:row",
+    smooth: Tensor | None = None,
+    shift: float = 0.0,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    activation_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    ready(name, _tensor(x))
+    narrow = name == "w4a4_linear"
+    kinds = "int4 or uint4" if narrow else "int8"
+    rows = rows_of(x, activation, kinds, smooth=smooth, shift=shift, down=down, scale=activation_scale)
+    eight, four = (None, rows) if narrow else (rows, None)
+    return shaped(_product(name, eight, four, rows.columns, codes, scale, bits, bias, up, out_dtype), x)
 
 
 def _product(
