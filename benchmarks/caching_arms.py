@@ -225,7 +225,7 @@ def plans(subject: Any) -> dict[str, Any]:
 
 def is_share(name: str) -> bool:
     """Whether an arm is a plan of the search: its word is but a share of the MACs."""
-    return name.removeprefix("plan ").isdigit()
+    return name.startswith("plan ") and name.removeprefix("plan ").isdigit()
 
 
 def together(subject: Any) -> dict[str, Peer]:

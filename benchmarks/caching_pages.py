@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from caching_arms import curve, kind
+from caching_arms import curve, is_share, kind
 from record import provenance, table
 
 from fewstep.artifact import write_bytes
@@ -33,7 +33,7 @@ def at_equal_macs(entries: Sequence[dict[str, Any]]) -> list[tuple[str, float, f
         points = sorted((e["macs"], e["latent_rms"]) for e in done.values() if curve(e["arm"]) == name)
         front = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
         x, y = np.array([p[0] for p in front]), np.log(np.maximum([p[1] for p in front], 1e-12))
-        if name.startswith("plan"):
+        if is_share(name):
             continue
         at = float(np.clip(wanted, x.min(), x.max()))
         found.append((name, at, float(np.exp(np.interp(at, x, y)))))

@@ -209,7 +209,7 @@ def contenders(entries: Sequence[dict[str, Any]]) -> list[str]:
     if PLAN not in done:
         return []
     chosen = [PLAN]
-    for family in ("DeepCache 0.1.1", "diffusers TaylorSeer", "diffusers FirstBlockCache"):
+    for family in ("DeepCache 0.1.1", "diffusers TaylorSeer", "diffusers FirstBlockCache", "diffusers PAB"):
         own = [e for name, e in done.items() if name.startswith(family)]
         if own:
             off = [(abs(e["macs"] - done[PLAN]["macs"]), e["latent_rms"]) for e in own]

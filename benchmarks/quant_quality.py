@@ -32,7 +32,7 @@ from fewstep.eval.costs.calls import denoisers
 from fewstep.eval.drawing.batch import borrowed
 from fewstep.pipelines import zoo
 from fewstep.quant.methods.base import Method
-from fewstep.quant.state import swap
+from fewstep.quant.state import RECORD, float_inside
 
 SEEDS = 10_000
 """Calibration draws the seeds from here on, far from those that are judged."""
@@ -89,12 +89,10 @@ def ancestral(judge: Judge, calls: list[quant.Call], absorb: bool = False) -> It
     scheduler, reference = judge.pipe.scheduler, judge.reference
     schedule = NoiseSchedule.from_config(scheduler.config)
     plan = DDIM(eta=1.0).compile(schedule, Grid.named("linspace", schedule, judge.steps))
-    record = judge.network._fewstep_quant
-    layers = swap(judge.network, record.originals)
     judge.pipe.scheduler = PlanScheduler.from_plan(plan, scheduler.config)
-    judge.reference = judge.draw()
-    mine = judge.calls(8, 8)  # corrections belong to the sampler
-    swap(judge.network, layers)
+    with judge.floats():
+        judge.reference = judge.draw()
+        mine = judge.calls(8, 8)  # corrections belong to the sampler
     try:
         if absorb:
             correction = quant.fit_correction(judge.network, mine)
@@ -111,14 +109,11 @@ def ancestral(judge: Judge, calls: list[quant.Call], absorb: bool = False) -> It
 def cached(judge: Judge, calls: list[quant.Call], joint: bool = False) -> Iterator[None]:
     """Half of the network's work skipped by a plan that was fitted to the float network, or to both (CacheQuant)."""
     prompts = judge.prompts[5000:5016] or judge.prompts
-    record = judge.network._fewstep_quant
-    layers = swap(judge.network, record.originals)
-    with borrowed(judge.pipe):
+    with borrowed(judge.pipe), judge.floats():
         plan = caching.calibrate(
             judge.pipe, caching.DPCache(budget=0.5, refine=0), prompts, num_inference_steps=judge.steps,
             guidance_scale=judge.guidance, samples=16, held_out=4, seed=SEEDS, progress=False,
         )  # fmt: skip
-    swap(judge.network, layers)
     if joint:
         plan = quant.fit_cache(judge.pipe, plan, prompts, guidance_scale=judge.guidance, samples=16, seed=SEEDS)
     with caching.applied(judge.pipe, plan):
@@ -180,6 +175,11 @@ class Judge:
         self.prompts = zoo.prompts(name)
         self.network = denoisers(self.pipe)[0]
         self.reference = self.draw()
+
+    def floats(self) -> AbstractContextManager[None]:
+        """The quantised network with its float layers inside."""
+        record: Any = getattr(self.network, RECORD)
+        return float_inside(self.network, record)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         pictures, latents = [], []

@@ -10,21 +10,19 @@ Source: CacheQuant: Comprehensively Accelerated Diffusion Models, 2503.01323, se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.eval.costs.calls import denoisers
-from fewstep.quant.state import RECORD, Record, evaluating, swap, unwrapped
+from fewstep.quant.state import RECORD, Record, evaluating, float_inside, unwrapped
 
 if TYPE_CHECKING:
     from fewstep.caching import CachePlan
-    from fewstep.caching.calibration.runs import Runs
 
 
 def fit_cache(
@@ -88,10 +86,11 @@ def fit_cache(
     depth = max(1, plan.predictor.depth)
     fitter = Fitter(depth, plan.steps)
     with evaluating(model), torch.no_grad(), borrowed(pipe):
-        wanted = _float_latents(model, record, test)
+        with float_inside(model, record):
+            wanted = test.latents()
         with applied(pipe, replace(plan, predictor=Deep(depth))) as controller:
             for cache in controller.caches:
-                cache.teacher, cache.truth = fitter, lambda: _floats(model, record)
+                cache.teacher, cache.truth = fitter, lambda: float_inside(model, record)
             train.latents()
         fitted = replace(plan, predictor=fitter.predictor())
         errors = []
@@ -101,21 +100,6 @@ def fit_cache(
     better = fitted if errors[1] < errors[0] else plan
     found = {"method": record.plan.method, "fingerprint": record.plan.fingerprint, "latent_rms": errors}
     return replace(better, provenance={**plan.provenance, "quantised": found})
-
-
-def _float_latents(model: nn.Module, record: Record, runs: Runs) -> Tensor:
-    with _floats(model, record):
-        return runs.latents()
-
-
-@contextmanager
-def _floats(model: nn.Module, record: Record) -> Iterator[None]:
-    """The float layers hang in the network inside."""
-    layers = swap(model, record.originals)
-    try:
-        yield
-    finally:
-        swap(model, layers)
 
 
 def _error(latents: Tensor, wanted: Tensor) -> float:

@@ -199,7 +199,8 @@ class QuantPlan:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> QuantPlan:
         """Read :meth:`to_json`; PlanError where something is missing or malformed."""
-        if set(body) != set(KEYS):
+        body = {"attention": {}, **body}  # plans that were written before they had any
+        if set(body) != {*KEYS, "attention"}:
             raise PlanError(
                 f"a plan has the keys {', '.join(KEYS)}; differing: {', '.join(sorted(set(body) ^ set(KEYS)))}"
             )
@@ -225,11 +226,11 @@ class QuantPlan:
             ArtifactError: unreadable, of another kind or version, unknown keys.
             PlanError: malformed, or for another model.
         """
-        plan = cls.from_json(read_json(_json_path(path), "QuantPlan", required=KEYS))
+        plan = cls.from_json(read_json(_json_path(path), "QuantPlan", required=KEYS, optional=("attention",)))
         return plan if model is None else plan.validate(model)
 
 
-KEYS = ("model", "fingerprint", "method", "provenance", "other", "layers", "kept", "shapes", "attention")
+KEYS = ("model", "fingerprint", "method", "provenance", "other", "layers", "kept", "shapes")
 
 
 def make_plan(

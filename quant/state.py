@@ -82,6 +82,16 @@ def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Modu
 
 
 @contextmanager
+def float_inside(model: nn.Module, record: Record) -> Iterator[None]:
+    """The float layers hang in the network itself inside, the quantised ones after."""
+    layers = swap(model, record.originals)
+    try:
+        yield
+    finally:
+        swap(model, layers)
+
+
+@contextmanager
 def twin(model: nn.Module, record: Record) -> Iterator[nn.Module]:
     """The float network beside the quantised one: a copy of the modules' skeleton that shares every parameter."""
     memo: dict[int, Any] = {id(p): p for p in (*model.parameters(), *model.buffers())}

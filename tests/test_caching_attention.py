@@ -52,6 +52,7 @@ def test_a_video_has_one_window_for_all_frames_and_its_text_is_always_seen(windo
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=DOUBLE, rtol=DOUBLE)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("window", "prefix", "frames"), [(5, 0, 1), (2, 5, 4), (40, 1, 1)])
 def test_flex_attention_computes_the_same_band(window, prefix, frames):
     from fewstep.caching.forms.flex import flexed
@@ -64,6 +65,7 @@ def test_flex_attention_computes_the_same_band(window, prefix, frames):
     torch.testing.assert_close(lse, denominator, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_method_with_flex_attention_draws_what_it_draws_without():
     tiny = TINY["dit"]
     model, streams = tiny.model(), [tiny.conditioning()]

@@ -168,6 +168,8 @@ def test_patterns_choose_attentions_and_plans_keep_them(tmp_path):
     quant.dequantize_(model)
     plan.save(tmp_path / "plan.json")
     assert quant.QuantPlan.load(tmp_path / "plan.json", model).attention == plan.attention
+    body = {name: value for name, value in plan.to_json().items() if name != "attention"}
+    assert quant.QuantPlan.from_json(body).layers == plan.layers  # as plans were before they had attentions
     quant.quantize_(model, quant.QuantPlan.load(tmp_path / "plan.json"))
     assert torch.equal(output(made), first)
     assert "fp8 QK" in str(plan)

@@ -133,6 +133,22 @@ def test_powers_beat_even_steps_on_what_a_softmax_leaves():
     assert error("log4s8:row") < error("log4:row")  # finer where most of the probability is
 
 
+def test_attention_takes_probabilities_as_powers():
+    from fewstep.quant.attention import AttentionPlan, quantized_attention
+
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 32, 16, generator=generator) for _ in range(3))
+    want = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+
+    def error(pv: str) -> float:
+        return float((quantized_attention(q, k, v, AttentionPlan(pv=pv)).double() - want).norm() / want.norm())
+
+    # an exponent is off by at most 1/2 or 1/4, a probability by a factor of 2^(1/2) or 2^(1/4), evenly spread; errors of 32
+    # tokens average, so what is left is well below the largest of each
+    assert error("float16") < error("log4s8") < error("log4") < 2**0.5 - 1
+    assert error("log4s8") < 2**0.25 - 1
+
+
 def test_six_bits_store_three_quarters_of_eight():
     _, network, calls = recorded(tiny_dit)
     six = quant.quantize_(network, quant.FP6(), calls)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fewstep.errors import FewstepError, PlanError
 from fewstep.quant import backends, kernels
+from fewstep.quant.backends import onednn
 from fewstep.quant.formats import Format
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers import QuantConv2d, QuantLinear
@@ -74,6 +75,22 @@ def test_a_convolution_is_its_formula_in_float64(weight, activation, geometry):
     assert relative(made(x), expected) < 576 * 2.0**-24
     made.backend = "reference"
     assert relative(made(x), expected) < 576 * 2.0**-24
+
+
+@pytest.mark.parametrize("pad", [[0, 0], [1, 2]])
+@pytest.mark.parametrize("kind", ["far apart", "positive", "negative", "zeros", "channels last"])
+def test_onednns_codes_of_images_are_the_formats_bit_for_bit(kind, pad):
+    x = torch.randn(2, 8, 5, 7, generator=seeded(11))
+    x = {
+        "far apart": x * torch.tensor([1.0, 100.0])[:, None, None, None], "positive": x.abs() + 1, "negative": -x.abs(),
+        "zeros": x * 0, "channels last": x.to(memory_format=torch.channels_last),
+    }[kind]  # fmt: skip
+    codes, scale, zero = onednn._zeroed_codes(x, pad)
+    padded = F.pad(x, (pad[1], pad[1], pad[0], pad[0]))
+    want = Format.parse("zint8:row").encode(padded.flatten(1))
+    assert torch.equal(codes.flatten(1), want.codes)
+    assert torch.equal(scale.reshape(-1, 1), want.scale)
+    assert torch.equal(zero, want.zero)
 
 
 def test_the_image_of_a_sample_does_not_depend_on_its_batch():

@@ -135,7 +135,7 @@ def test_compiled_layers_follow_the_time(pipe, calls):
 @pytest.mark.parametrize("method", [quant.EfficientDM, quant.QuEST])
 def test_step_sizes_are_trained(method, pipe, calls):
     model = pipe.transformer
-    config = {"weight": "int8:row", "activation": "int4:tensor", "times": 4}
+    config = {"weight": "int8:row", "activation": "int4:tensor", "times": 4, "rate": 0.02}
     report = quant.quantize_(model, method(**config, iterations=0), list(calls))
     start = {name: layer.input_scale.clone() for name, layer in quantized_layers(model).items() if layer.plan.static}
     assert all(scale.shape == (4, 1) for scale in start.values())

@@ -172,7 +172,8 @@ def _grid(runs: Runs) -> list[float]:
 
 def _given(scheduler: Any, grid: Sequence[float]) -> list[float]:
     """What to hand to the pipeline such that the scheduler ends up with this grid: diffusers' shifts once more."""
-    shift = getattr(scheduler, "shift", None) if not getattr(scheduler.config, "use_dynamic_shifting", False) else None
-    if shift is None or shift == 1:
+    shifts = hasattr(type(scheduler), "shift")  # an entry of the configuration that others only carry along is none
+    shift = scheduler.shift if shifts and not getattr(scheduler.config, "use_dynamic_shifting", False) else 1
+    if shift == 1:
         return list(grid)
     return [s / (shift - (shift - 1) * s) for s in grid]

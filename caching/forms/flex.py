@@ -21,8 +21,8 @@ def flexed(
     """What :func:`~fewstep.caching.forms.bands.banded` computes, to the kernel's rounding."""
     mask = _mask(q.shape[2], window, tokens, q.device)
     attend = _compiled() if q.is_cuda else flex_attention
-    out, aux = attend(q, k, v, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
-    return out, aux.lse
+    made: tuple[Tensor, Any] = attend(q, k, v, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return made[0], made[1].lse
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from fewstep.errors import PlanError, unknown
 
 Scores = Literal["int8", "fp8"]
-Values = Literal["float16", "fp8", "float"]
+Values = Literal["float16", "fp8", "float", "log4", "log4s8"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class AttentionPlan:
     Attributes:
         qk: of queries and keys, ``int8`` or ``fp8`` (E4M3), a scale a block of tokens.
         pv: of probabilities and values: ``float16``, ``fp8`` (probabilities times 448, values with a scale a channel), or
-            ``float``, as they come.
+            ``float``, as they come; ``log4`` or ``log4s8``, probabilities as powers of 2 or of its root in 4 bits and values as
+            they come (RepQ-ViT, 2212.08254, sec. 3.4), which only the reference computes.
         smooth: whether the mean over the tokens is taken off the keys first, which the softmax does not see.
         blocks: tokens of queries and of keys that share a scale.
         backend: ``reference``; ``triton``; ``auto``, which is Triton on NVIDIA GPUs and the reference elsewhere; or one of

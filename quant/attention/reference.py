@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.quant.attention.plan import AttentionPlan
-from fewstep.quant.formats import E4M3, Integer, Minifloat
+from fewstep.quant.formats import E4M3, Integer, Log, Minifloat
 
 INT8 = Integer(8)
 _ROWS = 1024
@@ -90,6 +90,8 @@ def rounded_probabilities(p: Tensor, plan: AttentionPlan) -> Tensor:
     """Probabilities, the largest of a row being 1, as float32 numbers of the plan's format."""
     if plan.pv == "fp8":
         return E4M3.round(p * E4M3.max)
+    if plan.pv.startswith("log"):
+        return Log(4, 8 if plan.pv == "log4s8" else 16).round(p)
     return p.half().float() if plan.pv == "float16" else p
 
 

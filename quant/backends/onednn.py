@@ -103,6 +103,8 @@ class OneDNN(Backend):
         if activation == _PLAIN and layer.input_scale is None:
             codes, scale = _plain_codes(ready, (1, 2, 3))
             zero = None
+        elif activation == _ZEROED and layer.input_scale is None:
+            codes, scale, zero = _zeroed_codes(ready, pad)
         else:
             # A zero point is no zero: the border must be there when codes are made.
             ready = F.pad(ready, (pad[1], pad[1], pad[0], pad[0])) if activation.has_zero else ready
@@ -114,11 +116,11 @@ class OneDNN(Backend):
             None, list(layer.stride), inside, list(layer.dilation), layer.groups, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         if zero is not None:
-            out = out - zero[:, :, None, None] * (packed.sums * packed.scale)[:, None, None]
+            out.sub_((zero * (packed.sums * packed.scale))[:, :, None, None])
         return layer.finish(out.mul_(scale), x)
 
 
-_PLAIN = Format.parse("int8:row")
+_PLAIN, _ZEROED = Format.parse("int8:row"), Format.parse("zint8:row")
 
 
 @torch.library.custom_op("fewstep::onednn_linear", mutates_args=())
@@ -161,6 +163,24 @@ def _plain_codes(x: Tensor, dims: int | tuple[int, ...]) -> tuple[Tensor, Tensor
     top = x.abs().amax(dims, keepdim=True)
     scale = (top / 127.0).clamp_(min=2.0**-126)
     return (x / scale).round_().add_(128.0).to(torch.uint8), scale
+
+
+def _zeroed_codes(x: Tensor, pad: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """``zint8:row`` codes with a border that stands for 0, scales (B, 1, 1, 1) and zero points (B, 1).
+
+    What :class:`Format` gives, in fewer passes over the memory. The border is set on the codes, where it is the zero point: a
+    quarter of the memory of padded inputs.
+    """
+    low, high = (end(x, (1, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
+    scale = ((high.clamp_(min=0) - low.clamp_(max=0)) / 255.0).clamp_(min=2.0**-126)
+    zero = (-low / scale).round_().clamp_(0, 255)
+    scaled = (x / scale).add_(zero).round_().clamp_(0, 255)
+    b, c, h, w = x.shape
+    codes = torch.empty((b, c, h + 2 * pad[0], w + 2 * pad[1]), dtype=torch.uint8, memory_format=torch.channels_last)
+    if any(pad):
+        codes.copy_(zero.to(torch.uint8).expand_as(codes))
+    codes[:, :, pad[0] : pad[0] + h, pad[1] : pad[1] + w] = scaled
+    return codes, scale, zero.reshape(b, 1)
 
 
 def _unsigned(activation: Quantized) -> tuple[Tensor, int]:

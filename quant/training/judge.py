@@ -14,7 +14,7 @@ from fewstep.eval.costs.calls import denoisers
 from fewstep.eval.drawing.batch import borrowed
 from fewstep.quant.calibration.calls import Call, Recording
 from fewstep.quant.sites import canonical, quantized_layers
-from fewstep.quant.state import swap
+from fewstep.quant.state import swap, unwrapped
 from fewstep.quant.training.data import samples_apart, split
 
 
@@ -87,7 +87,9 @@ def _drawn(runs: Runs) -> Tensor:
 def _runs(model: nn.Module, calls: Sequence[Call]) -> Runs | None:
     """The sampler with the seeds set apart, where it draws with ``model``."""
     apart = sorted(samples_apart(calls))
-    if not isinstance(calls, Recording) or not apart or all(model is not found for found in denoisers(calls.runs.pipe)):
+    if not isinstance(calls, Recording) or not apart:
+        return None
+    if all(model is not unwrapped(found) for found in denoisers(calls.runs.pipe)):
         return None
     runs = calls.runs
     return replace(runs, prompts=tuple(runs.prompts[i] for i in apart), seeds=tuple(runs.seeds[i] for i in apart))
