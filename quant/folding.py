@@ -28,6 +28,8 @@ from fewstep.quant.sites import Site, sites
 from fewstep.quant.state import check_untouched, evaluating, unwrapped
 
 FOLDED = "_fewstep_folded"
+_SAME = 0.02
+"""Relative change of the output that half precision may make of the same network; a wrong fold makes a large one."""
 
 _ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn.to_q", "attn.to_k", "attn.to_v")
 _FOLDS: dict[tuple[str, str], tuple[tuple[int, int, int, tuple[str, ...]], ...]] = {
@@ -71,15 +73,13 @@ def folds(model: nn.Module) -> list[Fold]:
         def readers(names: Sequence[str], start: str = start) -> tuple[str, ...]:
             return tuple(start + n for n in names if isinstance(modules.get(start + n), FLOAT_LAYERS))
 
-        for chunks, shift, scale, names in _FOLDS.get((last, type(module).__name__), ()):
-            if mine := readers(names):
-                found.append(Fold(f"{path}.linear", chunks, shift, scale, mine))
-        if (
-            type(module) is nn.LayerNorm
-            and module.elementwise_affine
-            and last in _AFFINE
-            and (mine := readers(_AFFINE[last]))
-        ):
+        if isinstance(getattr(getattr(module, "linear", None), "bias", None), Tensor):
+            for chunks, shift, scale, names in _FOLDS.get((last, type(module).__name__), ()):
+                if mine := readers(names):
+                    found.append(Fold(f"{path}.linear", chunks, shift, scale, mine))
+        plain = type(module) is nn.LayerNorm and module.elementwise_affine and module.bias is not None
+        known = plain and getattr(modules.get(parent), "norm_type", None) == "layer_norm"
+        if known and (mine := readers(_AFFINE.get(last, ()))):
             found.append(Fold(path, 0, 0, 0, mine))
     return found
 
@@ -113,7 +113,8 @@ def fold_smoothing_(
         For each normalisation the readers' output error, as a part of what it was before.
 
     Raises:
-        FewstepError: a network that is quantised or folded already, has nothing to fold into, or no calibration.
+        FewstepError: a network that is quantised or folded already, has nothing to fold into, or is another one afterwards
+            because something else reads its normalisations (it is put back); no calibration.
     """
     model, calls = unwrapped(module), as_calls(calibration)
     check_untouched(model)
@@ -140,10 +141,19 @@ def fold_smoothing_(
             fold = first[site.path]
             x = inputs.sample.to(site.weight.device)
             solved[site.path] = _searched(x, [named[p] for p in fold.readers], (weight, activation), grid, centre)
+        call = calls[0].to(next(model.parameters()).device)
+        before = call.run(model).float()
         for path, fold in first.items():
             factors, middle, error = solved[path]
             _fold(model, fold, factors, middle, kept)
             report[fold.source if not fold.chunks else f"{fold.source}[{fold.scale}]"] = error
+        moved = float((call.run(model).float() - before).norm() / before.norm().clamp(min=1e-30))
+        if not moved < _SAME:
+            _put_back(model, kept)
+            raise FewstepError(
+                f"{type(model).__name__} does not compute what it did with smoothing folded in (off by {moved:.1%}): something "
+                "else reads its normalisations"
+            )
     setattr(model, FOLDED, kept if keep_originals else {})
     return report
 
@@ -161,11 +171,15 @@ def unfold_smoothing_(module: nn.Module) -> bool:
     check_untouched(model)
     if not kept:
         raise FewstepError("the weights before folding were not kept (keep_originals=False)")
+    _put_back(model, kept)
+    delattr(model, FOLDED)
+    return True
+
+
+def _put_back(model: nn.Module, kept: dict[str, Tensor]) -> None:
     for name, value in kept.items():
         parameter = model.get_parameter(name)
         parameter.data = value.to(parameter)
-    delattr(model, FOLDED)
-    return True
 
 
 def _searched(

@@ -202,7 +202,7 @@ class QuantPlan:
         body = {"attention": {}, **body}  # plans that were written before they had any
         if set(body) != {*KEYS, "attention"}:
             raise PlanError(
-                f"a plan has the keys {', '.join(KEYS)}; differing: {', '.join(sorted(set(body) ^ set(KEYS)))}"
+                f"a plan has the keys {', '.join(KEYS)}; differing: {', '.join(sorted(set(body) ^ {*KEYS, 'attention'}))}"
             )
         try:
             layers = {str(name): LayerPlan.from_json(plan) for name, plan in body["layers"].items()}

@@ -121,11 +121,11 @@ def test_weights_of_a_polynomial_are_those_of_extrapolation(dit, runs, order):
 def test_polishing_lowers_the_error_and_keeps_the_sums_of_weights(dit, runs):
     start = Weighted.polynomial("blocks", schedule(KEYS), 3, 1)
     uncached = runs.latents()
-    made = polished(start, runs, uncached, 2)
+    *_, made = polished(start, runs, uncached, 2)
 
     def error(weighted):
         with caching.applied(dit, weighted.plan):
-            return float((runs.latents() - uncached).square().mean())
+            return float((runs.latents() - uncached).flatten(1).square().mean(1).sqrt().mean())
 
     assert error(made) < 0.9 * error(start)  # what a line leaves here is mostly what other weights would not
     np.testing.assert_allclose(made.weights.sum(1), 1, atol=1e-12)
@@ -135,4 +135,4 @@ def test_polishing_lowers_the_error_and_keeps_the_sums_of_weights(dit, runs):
 def test_nothing_to_choose_leaves_the_weights_as_they_were(runs):
     start = Weighted.polynomial("blocks", schedule((0,)), 2, 1)  # one value is all there ever is
     assert start.free == []
-    assert np.array_equal(polished(start, runs, runs.latents(), 2).weights, start.weights)
+    assert list(polished(start, runs, runs.latents(), 2)) == []

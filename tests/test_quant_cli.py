@@ -43,9 +43,11 @@ def test_a_plan_is_printed_and_nothing_written(tmp_path, capsys):
 def test_a_saved_plan_is_a_config(tmp_path, capsys):
     plan = quant.W4A8().plan(pipelines.load("fashion-dit-small").transformer)
     plan.save(tmp_path / "plan.json")
-    arguments = ("-m", "fashion-dit-small", "-c", tmp_path / "plan.json", "--samples", 0, "-o", tmp_path / "out")
+    arguments = ("-m", "fashion-dit-small", "-c", tmp_path / "plan.json", "--samples", 0, "-o", tmp_path / "out",
+                 "--rest", "int8")  # fmt: skip
     assert run(capsys, "quantize", *arguments)[0] == 0
     assert json.loads((tmp_path / "out" / "quantized.json").read_text())["plan"]["layers"] == plan.to_json()["layers"]
+    assert json.loads((tmp_path / "out" / "quantized.json").read_text())["eight"]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,7 @@ def test_a_saved_plan_is_a_config(tmp_path, capsys):
         (("-c", "nowhere.json"), "nowhere.json does not exist"),
         (("-c", "AdaQuant", "--samples", "0"), "give calibration, see quant.record"),
         (("--steps", "0"), "give at least 0 and 1"),
+        (("--rest", "int4"), "unknown rest 'int4'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says, tmp_path, capsys):
@@ -69,5 +72,5 @@ def test_mistakes_are_one_line(arguments, says, tmp_path, capsys):
 def test_doctor_lists_the_backends(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for backend in ("onednn", "triton", "torch", "reference"):
+    for backend in ("onednn", "triton", "torch", "cuda", "reference", "torchao"):
         assert f"quant {backend} on cpu" in out

@@ -165,6 +165,25 @@ def test_six_bits_store_three_quarters_of_eight():
     assert str(quant.FP6.of("mxfp6").activation) == "mxfp6"
 
 
+def test_a_network_whose_normalisations_have_other_readers_is_put_back():
+    _, network, calls = recorded(tiny_dit)
+    block = network.transformer_blocks[0]
+    with torch.no_grad():  # an outlier, so that something is folded
+        block.norm1.linear.weight[3] *= 50
+        before = fingerprint.of_module(network)
+
+    # Something beside the three projections looks at what AdaLN makes.
+    def reader(module, args, kwargs, out):
+        return out + (args or [kwargs["hidden_states"]])[0]
+
+    handle = block.attn1.register_forward_hook(reader, with_kwargs=True)
+    with pytest.raises(FewstepError, match="something else reads its normalisations"):
+        quant.fold_smoothing_(network, calls, weight="int4:g8", activation="int4:g8")
+    handle.remove()
+    assert fingerprint.of_module(network) == before
+    assert not quant.unfold_smoothing_(network)
+
+
 def test_refusals():
     _, network, calls = recorded(tiny_dit)
     with pytest.raises(FewstepError, match="give calibration"):

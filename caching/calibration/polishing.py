@@ -7,7 +7,7 @@ latents of the cached runs against those of the uncached ones, with finite diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,8 +80,8 @@ class Weighted:
 
 def polished(
     start: Weighted, runs: Runs, uncached: Tensor, iterations: int, tick: Callable[[], None] = lambda: None
-) -> Weighted:
-    """The weights after some steps of Gauss and Newton that make the mean RMS change of the samples' latents less.
+) -> Iterator[Weighted]:
+    """The weights after each of some steps of Gauss and Newton that make the mean RMS change of the samples' latents less.
 
     A mean of root mean squares is a sum of squares weighted by their roots: so a sample that is far off does not decide for
     all. An iteration takes one cached trajectory of all samples for each free weight.
@@ -110,11 +110,11 @@ def polished(
             if _errors(reached).mean() < error.mean():
                 break
         else:
-            return best
+            return
         best, off = tried, reached
+        yield best
         if _errors(reached).mean() > 0.98 * error.mean():
-            break
-    return best
+            return
 
 
 def _errors(off: Vector) -> Vector:

@@ -30,7 +30,7 @@ from fewstep.errors import FewstepError
 
 Tick = Callable[[str], None]
 Judged = tuple[CachePlan, Quality]
-NEAR = 1.5
+NEAR = 2.0
 """Sites are searched whose even schedules are at most so many times as far off, or as dear, as those of the best site."""
 
 
@@ -201,7 +201,7 @@ class SiteSearch:
 
     # -- schedules ----------------------------------------------------------------------------------------------------
     def _searched(self, count: int) -> Iterator[Judged]:
-        """The schedule of so many steps that errs least where it was fitted, with three kinds of prediction."""
+        """The schedule of so many steps that errs least where it was fitted, with several kinds of prediction."""
         method, share = self.setting.method, self.share(count)
         order, keys = searched(self.responses, count, self.orders, method.refine, self._error)
         actions = self._actions(keys)
@@ -213,11 +213,11 @@ class SiteSearch:
         self.setting.tick(f"{self.site}: corrections")
         if method.polish:
             start = Weighted.polynomial(self.site, actions, method.depth, order)
-            made = polished(
+            for made in polished(
                 start, self.setting.train, self.setting.uncached, method.polish,
                 lambda: self.setting.tick(f"{self.site}: weights"),
-            )  # fmt: skip
-            yield self.setting.judged(made.plan, share)
+            ):  # fmt: skip
+                yield self.setting.judged(made.plan, share)
 
     def _actions(self, keys: Keys) -> Actions:
         actions = np.full((self.steps, 1), Action.REUSE, dtype=np.int8)

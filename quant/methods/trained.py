@@ -133,7 +133,7 @@ class Distilled(Nearest):
             if isinstance(layer, QuantLayer):
                 mine = not self.only or any(part in canonical(path) for part in self.only)
                 trains |= mine
-                if mine or layer.plan.static:
+                if mine or (self.times and layer.plan.static):
                     found[path] = (original.get_submodule(path), whole if mine else scales)
         if not trains:
             raise FewstepError(f"no quantised layer has any of {', '.join(self.only)} in its name")
