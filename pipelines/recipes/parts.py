@@ -137,7 +137,7 @@ def with_caches(
             try:
                 pipe.scheduler = PlanScheduler.from_plan(sampler.plan, before.config)
                 plan = caching.calibrate(
-                    pipe, caching.DPCache(budget=share), parts.prompts, num_inference_steps=sampler.plan.nfe,
+                    pipe, caching.DPCache(budget=share, refine=6, polish=1), parts.prompts, num_inference_steps=sampler.plan.nfe,
                     guidance_scale=parts.guidance, seed=parts.seed, call=parts.call, progress=False,
                 )  # fmt: skip
             except FewstepError as error:
