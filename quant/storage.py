@@ -65,7 +65,12 @@ def save(module: nn.Module, folder: str | Path, *, rest: Rest = "exact") -> Path
         for name, layer in quantized_layers(model).items()
     }
     path = Path(folder) / INDEX
-    body: dict[str, Any] = {"plan": record.plan.to_json(), "dtypes": dtypes, "layer_dtypes": layer_dtypes, "eight": eight}
+    body: dict[str, Any] = {
+        "plan": record.plan.to_json(),
+        "dtypes": dtypes,
+        "layer_dtypes": layer_dtypes,
+        "eight": eight,
+    }
     body["names"] = sorted(tensors)
     write_with_tensors(path, "QuantizedModel", body, tensors)
     return path

@@ -151,10 +151,10 @@ def _candidates(
 
 def _measured(promising: Sequence[Candidate], quality: float | None, runs: Runs, say: Tell) -> list[Candidate]:
     """Those that were carried out; for a quality no more than it takes to keep it."""
-    done: list[Candidate] = []
-    if promising:
-        say(f"reference: {runs.steps} steps")
-        truth = _truth(runs)
+    if not promising:
+        return []
+    say(f"reference: {runs.steps} steps")
+    truth, done = _truth(runs), list[Candidate]()
     for candidate in promising:
         say(f"measuring {candidate.summary()}")
         error = _error(candidate.recipe(runs.guidance, {}), runs, truth)

@@ -129,4 +129,6 @@ def _curve_of(ratios: Sequence[float], degree: int, first: int) -> npt.NDArray[n
         raise FewstepError(f"{len(ratios)} ratios to start from hold no compensated step; give more than {first}")
     place = np.arange(first, len(ratios)) / len(ratios)
     found = np.polynomial.polynomial.polyfit(place, np.asarray(ratios[first:]) - 1, min(degree, inner - 1))
-    return np.pad(found, (0, degree + 1 - len(found)))
+    padded: npt.NDArray[np.float64] = np.zeros(degree + 1)
+    padded[: len(found)] = found
+    return padded
