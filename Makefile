@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 MODEL ?= fashion-sd
 # The plans that were learned for the model, what needs no learning, and diffusers' own.
-SCHEDULERS ?= Plan(plan=$(MODEL)),DPMSolver(grid=karras),UniPC(solver_order=3),diffusers:DPMSolverMultistepScheduler,diffusers:UniPCMultistepScheduler,diffusers:DDIMScheduler
+SCHEDULERS ?= Plan(plan='$(MODEL)'),DPMSolver(grid=karras),UniPC(solver_order=3),diffusers:DPMSolverMultistepScheduler,diffusers:UniPCMultistepScheduler,diffusers:DDIMScheduler
 STEPS ?= 5,8,10,20
 SAMPLES ?= 500
 # Each image is held against what many steps make of its seed: FID sees the set, this the image.
