@@ -38,7 +38,7 @@ def to_torchao(plan: QuantPlan, *, strict: bool = True) -> Any:
         >>> torchao.quantization.quantize_(pipe.transformer, config, filter_fn=None)
     """
     try:
-        from torchao.quantization import FqnToConfig
+        from torchao.quantization import FqnToConfig  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise FewstepError("torchao is not installed; pip install 'fewstep[quant]'") from error
     configs: OrderedDict[str, Any] = OrderedDict()
@@ -80,7 +80,7 @@ def _eight(format: Format) -> bool:
 
 
 def _config(layer: LayerPlan) -> Any:
-    from torchao.quantization import (
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
         Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -110,7 +110,10 @@ def _config(layer: LayerPlan) -> Any:
 
 
 def _blocks(name: str) -> Any:
-    from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4DynamicActivationNVFP4WeightConfig
+    from torchao.prototype.mx_formats import (  # pyright: ignore[reportMissingImports]
+        MXDynamicActivationMXWeightConfig,
+        NVFP4DynamicActivationNVFP4WeightConfig,
+    )
 
     if name == "nvfp4":
         return NVFP4DynamicActivationNVFP4WeightConfig()
