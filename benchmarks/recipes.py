@@ -1,10 +1,10 @@
 """Recipes: what a joint search of sampler, cache and quantisation finds for a bound on the error, and what it is worth.
 
-    python benchmarks/recipes.py [--model NAME ...] [--quality 0.05 0.02] [--minutes 10] [--images 500] [--out FOLDER]
+    python benchmarks/recipes.py [--model NAME ...] [--quality 0.05 0.02] [--minutes 10] [--out FOLDER]
 
 For every model and bound: ``pipelines.tune`` with int8 and caches at 50 and 70 % of the MACs; then, on seeds that the search did
-not see, the latents' error to 100 steps, seconds an image beside 20 steps of DPM-Solver++ 2M (arms in turns), and with --images
-FID of both. A recipe that is there is kept and measured again.
+not see, the latents' error to 100 steps and seconds an image, beside 20 steps of DPM-Solver++ 2M, one arm after the other. A
+recipe that is there is kept and measured again.
 """
 
 from __future__ import annotations
