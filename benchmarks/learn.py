@@ -2,7 +2,7 @@
 
     python benchmarks/learn.py [--model NAME ...] [--calls 5 6 8 10] [--images 1000] [--out FOLDER]
     python benchmarks/learn.py --ship [--model NAME ...] [--calls 4 5 6 8 10] [--minutes 15]
-    python benchmarks/learn.py --methods [--model NAME] [--calls 5] [--seconds 120]
+    python benchmarks/learn.py --methods [--model NAME] [--calls 5] [--seconds 120] [--images 1000]
     python benchmarks/learn.py --cascade
 
 The first measures the plans that come with the embedded models on seeds 0 to 15 and their prompts, which no plan has seen:
@@ -34,7 +34,7 @@ import torch
 from baseline import ranked
 from record import RESULTS, machine, provenance, table, write
 from rich.progress import track
-from subjects import REFERENCE, Mixture, Subject, quality
+from subjects import REFERENCE, Mixture, Subject, quality, referee
 from torch import Tensor
 
 from fewstep import pipelines
@@ -48,6 +48,9 @@ SHIPPED = (4, 5, 6, 8, 10)
 MORE = {4: 5, 5: 8, 6: 10, 8: 15, 10: 20}
 """Calls at which diffusers' FID is compared with the learned plan's."""
 FIRST = 1_000_000
+LIMIT = 100
+"""Steps of diffusers' DPM-Solver++ 2M whose FID says where a perfect sampler would arrive."""
+SCORES = {"fid": "FID", "clip_score": "CLIP", "accuracy": "accuracy %"}
 
 
 def error(plan: SolverPlan, subject: Any, reference: Tensor) -> float:
@@ -106,12 +109,22 @@ def compare(name: str, options: argparse.Namespace) -> None:
                 "more_scores": (many, many_steps),
             }
             for key, (run, count) in runs.items():
-                row = quality(subject, run, count, options.images, options.work / f"learn-{name}-{nfe}-{key}")
-                found = {m: row.value(m) for m in ("fid", "clip_score", "accuracy")}
-                entry[key] = {m: float(v) for m, v in found.items() if v is not None}
+                entry[key] = scores(subject, run, count, options.images, options.work / f"learn-{name}-{nfe}-{key}")
         entries.append(entry)
-    body = {"model": name, "guidance": subject.guidance, "images": options.images, "entries": entries, "machine": about}
+    limit = {}
+    if options.images:
+        limit = scores(subject, referee(subject.flow), LIMIT, options.images, options.work / f"learn-{name}-{LIMIT}")
+    body = {
+        "model": name, "guidance": subject.guidance, "images": options.images, "entries": entries, "limit": limit,
+        "machine": about,
+    }  # fmt: skip
     write(options.out, name, body, comparison(body))
+
+
+def scores(subject: Subject, spec: str, steps: int, images: int, folder: Path) -> dict[str, float]:
+    """FID and what else the model is scored by."""
+    row = quality(subject, spec, steps, images, folder)
+    return {metric: float(v) for metric in SCORES if (v := row.value(metric)) is not None}
 
 
 def diffusers(subject: Subject, nfe: int, reference: Tensor) -> tuple[float, str, int]:
@@ -126,40 +139,32 @@ def diffusers(subject: Subject, nfe: int, reference: Tensor) -> tuple[float, str
 
 
 def comparison(body: dict[str, Any]) -> str:
-    header = (
-        "calls",
-        "learned",
-        "best of diffusers",
-        "lower by",
-        "FID",
-        "CLIP",
-        "accuracy %",
-        "FID of diffusers at",
-        "minutes",
-    )
-
-    def score(entry: dict[str, Any], metric: str) -> str:
-        return f"{entry['scores'][metric]:.2f}" if metric in entry["scores"] else "–"
-
+    header = ("calls", "learned", "best of diffusers", "lower by", *SCORES.values(), "FID of diffusers at", "minutes")
     rows = [
         (
             str(e["calls"]),
             f"{e['learned']:.4f}",
             f"{e['diffusers']:.4f} `{e['scheduler']}`",
             f"{100 * (1 - e['learned'] / e['diffusers']):.0f} %",
-            *(score(e, m) for m in ("fid", "clip_score", "accuracy")),
+            *cells(e["scores"]),
             f"{e['more_scores']['fid']:.2f} ({MORE[e['calls']]} calls)" if "fid" in e["more_scores"] else "–",
             f"{e['minutes']:.1f}",
         )
         for e in body["entries"]
     ]
+    limit = ", ".join(f"{SCORES[m]} {v:.2f}" for m, v in body["limit"].items())
+    said = f" {LIMIT} steps of DPM-Solver++ 2M, which all of these are after, have {limit}." if limit else ""
     return (
         f"# Learned plans of {body['model']}, guidance {body['guidance']:g}\n\n"
         + table(header, rows)
-        + f"\nMean RMS error of the latents of seeds 0 to 15 to 1,000 steps; FID over {body['images']} images. Minutes "
+        + f"\nMean RMS error of the latents of seeds 0 to 15 to 1,000 steps; FID over {body['images']} images.{said} Minutes "
         "of learning, after the trajectories were made, 20 of which are held out. How it is measured stands in "
         "`benchmarks/learn.py`.\n\n" + provenance(body["machine"])
     )
+
+
+def cells(found: dict[str, float]) -> list[str]:
+    return [f"{found[metric]:.2f}" if metric in found else "–" for metric in SCORES]
 
 
 # -- every method -----------------------------------------------------------------------------------------------------
@@ -228,7 +233,7 @@ def methods(name: str, nfe: int, options: argparse.Namespace) -> None:
         problem = teacher(name, options.guidance, 56, options.work).problem()
     reference, about = subject.reference(REFERENCE), machine()
     start = learn.untuned(problem, nfe)[0]
-    kept = options.work / f"learn-methods-{subject.name}-{nfe}.json"
+    kept = options.work / f"learn-methods-{subject.name}-{nfe}-{options.images}.json"
     entries: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
     for label, method in METHODS.items():
         if label in entries or ("even" in label and nfe % 2):
@@ -238,6 +243,11 @@ def methods(name: str, nfe: int, options: argparse.Namespace) -> None:
         seconds = time.monotonic() - began
         plan = made if isinstance(made, SolverPlan) else start.solver.compile(problem.schedule, made)
         entries[label] = {"error": error(plan, subject, reference), "seconds": seconds}
+        if options.images and isinstance(subject, Subject):
+            folder = options.work / f"learn-methods-{subject.name}-{nfe}" / label
+            plan.save(folder.with_suffix(".json"))
+            run = f"PlanScheduler(plan={str(folder.with_suffix('.json'))!r})"
+            entries[label] |= scores(subject, run, nfe, options.images, folder)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(entries))
         print(f"{subject.name} {nfe} {label}: {entries[label]['error']:.4f}, {seconds:.0f} s", flush=True)
@@ -249,12 +259,16 @@ def methods(name: str, nfe: int, options: argparse.Namespace) -> None:
         "machine": about,
     }
     untuned = entries["untuned"]["error"]
-    rows = [(k, f"{e['error']:.4f}", f"{e['error'] / untuned:.2f}", f"{e['seconds']:.0f}") for k, e in entries.items()]
+    rows = [
+        (k, f"{e['error']:.4f}", f"{e['error'] / untuned:.2f}", *cells(e), f"{e['seconds']:.0f}")
+        for k, e in entries.items()
+    ]
     page = (
         f"# Every method on {subject.name}, {nfe} calls\n\n"
-        + table(("method", "error", "of untuned", "seconds"), rows)
+        + table(("method", "error", "of untuned", *SCORES.values(), "seconds"), rows)
         + f"\nAll start from {body['start']}; grids are used with its solver. Mean RMS error on 16 seeds that no method saw; "
-        f"at most {options.seconds:g} seconds each.\n\n{provenance(about)}"
+        f"at most {options.seconds:g} seconds each{f'; FID over {options.images} images' if options.images else ''}.\n\n"
+        + provenance(about)
     )
     write(options.out, f"methods-{subject.name}-{nfe}", body, page)
 

@@ -34,6 +34,8 @@ from fewstep.pipelines import zoo
 from fewstep.quant.methods.base import Method
 from fewstep.quant.state import RECORD, float_inside
 
+AGAINST_DATA = {"fid": 3, "clip_score": 2, "accuracy": 1}
+"""Scores that need no float image, and their digits."""
 SEEDS = 10_000
 """Calibration draws the seeds from here on, far from those that are judged."""
 
@@ -186,12 +188,16 @@ class Judge:
         with borrowed(self.pipe):
             for start in range(0, self.count, self.batch):
                 seeds = range(start, min(start + self.batch, self.count))
-                wanted = [self.prompts[i % len(self.prompts)] for i in seeds]
                 with evaluation.capture_latents(self.pipe) as captured:
-                    made = evaluation.draw(self.pipe, wanted, seeds, steps=self.steps, guidance=self.guidance)
+                    made = evaluation.draw(
+                        self.pipe, self.wanted(seeds), seeds, steps=self.steps, guidance=self.guidance
+                    )
                 pictures.append(made)
                 latents.append(captured.latents(len(made)))
         return torch.cat(pictures), torch.cat(latents)
+
+    def wanted(self, seeds: range) -> list[str]:
+        return [self.prompts[seed % len(self.prompts)] for seed in seeds]
 
     def calls(self, samples: int, keep: int | None) -> list[quant.Call]:
         return quant.record(
@@ -205,8 +211,15 @@ class Judge:
         return {
             "psnr": float(np.mean(np.minimum(pairs["psnr"].values, 99.0))),
             "latent_rms": float(np.mean(pairs["latent_rmse"].values)) / spread,
-            "fid": float(evaluation.fid(images)),
+            **self.against_data(images),
         }
+
+    def against_data(self, images: Tensor) -> dict[str, float]:
+        """FID to the test images and, where there are prompts, how well the images keep to them."""
+        wanted = self.wanted(range(len(images)))
+        metrics = ("fid", "clip_score", "accuracy") if any(wanted) else ("fid",)
+        found = evaluation.measure_images(images, metrics, prompts=wanted)
+        return {name: float(score) for name, score in found.scores.items()}
 
     def row(self, method: str) -> dict[str, Any]:
         arm = METHODS[method]
@@ -241,10 +254,14 @@ def beats(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return f"{'yes' if gain > 0 else 'no'}, {gain:+.1f} dB to {start['method']}"
 
 
+def against_data(row: dict[str, Any]) -> list[str]:
+    return [f"{row[metric]:.{digits}f}" if metric in row else "–" for metric, digits in AGAINST_DATA.items()]
+
+
 def page(rows: list[dict[str, Any]], about: dict[str, Any], what: str) -> str:
     head = (
         "method", "bits", "MB", "of 16 bits", "calibration min", "weight SQNR dB", "output SQNR dB", "PSNR dB", "latent RMS",
-        "FID", "beats its start",
+        "FID", "CLIP", "accuracy %", "beats its start",
     )  # fmt: skip
     parts = [f"# Quality of quantised networks\n\n{what}\n"]
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -252,10 +269,10 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any], what: str) -> str:
             [
                 r["method"], f"{r['bits']:.2f}", f"{r['bytes'] / 1e6:.2f}", f"{r['of_16_bits']:.3f}", f"{r['minutes']:.1f}",
                 f"{r['weight_sqnr']:.1f}", f"{r['output_sqnr']:.1f}", f"{r['psnr']:.2f}",
-                f"{r['latent_rms']:.4f}", f"{r['fid']:.3f}", beats(r, rows),
+                f"{r['latent_rms']:.4f}", *against_data(r), beats(r, rows),
             ]
             if "psnr" in r
-            else [r["method"], "16", "–", "1", "–", "–", "–", "–", "0", f"{r['fid']:.3f}", ""]
+            else [r["method"], "16", "–", "1", "–", "–", "–", "–", "0", *against_data(r), ""]
             for r in rows
             if r["model"] == model
         ]  # fmt: skip
@@ -268,7 +285,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["fashion-dit-small", "fashion-sd"])
     parser.add_argument("--methods", nargs="+", metavar="NAME", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--redo", nargs="+", default=[], help="methods whose finished rows are forgotten")
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--batch", type=int, default=64)
@@ -294,11 +311,7 @@ def main() -> None:
         judge = Judge(name, options.images, options.steps, options.guidance, options.batch)
         for method in missing:
             if method == "float":
-                row: dict[str, Any] = {
-                    "model": name,
-                    "method": method,
-                    "fid": float(evaluation.fid(judge.reference[0])),
-                }
+                row: dict[str, Any] = {"model": name, "method": method, **judge.against_data(judge.reference[0])}
             else:
                 row = judge.row(method)
             print(row, flush=True)
