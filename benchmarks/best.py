@@ -4,11 +4,12 @@
 
 For every model, guidance and number of network calls an image both sides are searched in the same way: every solver on
 every grid of its first list (beyond the fewest calls: the 48 best of the number before, at most 6 of a class), then twice
-all changes of one option or of the grid of the best three. Ours begins with what diffusers' search ended with as well, each of
-those six as our scheduler with the same options: who changes from diffusers begins there too. An error is the RMS of the
-difference of the latents to those of 1,000 steps from the same noise, averaged over seeds. The search sees seeds 0 to 3, its
-best six are compared on seeds 0 to 7, and what comes out is measured on seeds 8 to 15, which nothing was chosen by. A call
-with guidance sees the batch twice and counts once; schedulers of several calls a step get as many steps as the calls pay for.
+all changes of one option or of the grid of the best three. Ours begins with what diffusers' search ended with as well, each
+of those six as our scheduler with the same options, by our defaults and by diffusers': who changes from diffusers begins there
+too. An error is the RMS of the difference of the latents to those of 1,000 steps from the same noise, averaged over seeds. The
+search sees seeds 0 to 3, its best six are compared on seeds 0 to 7, and what comes out is measured on seeds 8 to 15, which
+nothing was chosen by. A call with guidance sees the batch twice and counts once; schedulers of several calls a step get as many
+steps as the calls pay for.
 
 With --light a model is not searched of its own: both sides try the usual solvers on the usual grids and, but for a flow,
 what was best on fashion-dit-small; two seeds choose four of them for the comparison. Every entry says how it was searched.
@@ -230,7 +231,11 @@ def searched(subject: Subject | Mixture, calls_list: Sequence[int], effort: Effo
                 }
                 for name, side in reversed(sides.items()):
                     search = Search(subject, network, reference, calls, effort)
-                    same = [translated(entry["scheduler"]) for entry in part["theirs"]] if name == "ours" else []
+                    same = (
+                        [s for entry in part["theirs"] for s in translated(entry["scheduler"])]
+                        if name == "ours"
+                        else []
+                    )
                     part[name] = search.best(side, distinct([*starts[name], *same]), name == "ours")
                     part[f"{name}_tried"] = sum(map(math.isfinite, search.found.values()))
                     part[f"{name}_by_solver"] = by_solver(search)

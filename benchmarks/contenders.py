@@ -210,15 +210,22 @@ _SAME = {
     "UniPCMultistepScheduler": "UniPC", "DEISMultistepScheduler": "DEIS", "LMSDiscreteScheduler": "LMS",
 }  # fmt: skip
 """Classes of diffusers that one of ours stands in for, option by option."""
+_AS_THEIRS: dict[str, Options] = {
+    "DPMSolver": {"third_order": "as_published"}, "UniPC": {"disable_corrector": []}, "DEIS": {"final_sigmas_type": "zero"},
+}  # fmt: skip
+"""What diffusers does where ours has another default."""
 
 
-def translated(spec: str) -> str | None:
-    """Our scheduler of the same method with the same options; None where there is none."""
+def translated(spec: str) -> list[str]:
+    """Our schedulers of the same method with the same options, by our defaults and by diffusers'."""
     parsed = parse_spec(spec)
+    name = _SAME.get(parsed.name)
+    if name is None:
+        return []
     options = {
         key: value for key, value in parsed.options if key not in ("clip_sample", "use_flow_sigmas", "prediction_type")
     }
-    return made(_SAME[parsed.name], options) if parsed.name in _SAME else None
+    return distinct([made(name, options), made(name, _AS_THEIRS.get(name, {}) | options)])
 
 
 _PREFIXES = ("free:", "shifted:")

@@ -48,7 +48,7 @@ SHIPPED = (4, 5, 6, 8, 10)
 MORE = {4: 5, 5: 8, 6: 10, 8: 15, 10: 20}
 """Calls at which diffusers' FID is compared with the learned plan's."""
 FIRST = 1_000_000
-LIMIT = 100
+LIMIT = 50
 """Steps of diffusers' DPM-Solver++ 2M whose FID says where a perfect sampler would arrive."""
 SCORES = {"fid": "FID", "clip_score": "CLIP", "accuracy": "accuracy %"}
 
