@@ -1,12 +1,12 @@
 """What caches cost in quality: every method here and its peers on the same model, scheduler, prompts and seeds.
 
-    python benchmarks/caching_quality.py [--model NAME ...] [--steps 20] [--seeds 16] [--only WORD ...] [--fid 1000]
+    python benchmarks/caching_quality.py [--model NAME ...] [--steps 20] [--seeds 16] [--only WORD ...] [--fid 1000] [--fid-of all]
     python benchmarks/caching_quality.py --calibrate 0.5 [--fit dp router erta] [--model NAME ...] [--steps 20] [--at SITE ...]
 
 An arm draws the images of --seeds seeds with DPM-Solver++ 2M and guidance 2 (none for the pixel model). Its MACs are those of
 the network calls that really ran; its error is the RMS difference of the final latents to those of the same seeds without a
 cache, mean and worst; PSNR is of the images. Nothing was fitted to these prompts and seeds. With --fid the main contenders
-draw that many images more.
+draw that many images more, with --fid-of all every arm.
 
 Plans are calibrated apart and kept beside the results; every plan file there is an arm. --fit says which: `dp` is the search
 of DPCache, NAME-STEPS-50.json for half of the MACs; `router` trains gates of attention and feed-forwards as HarmoniCa does,
@@ -265,7 +265,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--only", nargs="*", default=[""], help="arms whose name has one of these")
     parser.add_argument("--again", action="store_true", help="also those that are measured")
-    parser.add_argument("--fid", type=int, default=0, help=f"images of the main contenders, a multiple of {CHUNK}")
+    parser.add_argument("--fid", type=int, default=0, help=f"images for FID, a multiple of {CHUNK}")
+    parser.add_argument("--fid-of", choices=("contenders", "all"), default="contenders")
     parser.add_argument("--calibrate", type=float, help="make the plan of this share of the MACs instead")
     parser.add_argument("--fit", nargs="+", default=["dp"], choices=FITS, help="what is calibrated")
     parser.add_argument(
@@ -287,7 +288,8 @@ def main() -> None:
                 continue
             about = machine()
             entries = measured(subject, asked.only, asked.again)
-            chosen = contenders(entries) if asked.fid else []
+            wanted = {"contenders": contenders, "all": lambda found: [e["arm"] for e in found if "macs" in e]}
+            chosen = wanted[asked.fid_of](entries) if asked.fid else []
             body = {
                 "model": name,
                 "steps": steps,
