@@ -1,6 +1,6 @@
 """What caches cost in quality: every method here and its peers on the same model, scheduler, prompts and seeds.
 
-    python benchmarks/caching_quality.py [--model NAME ...] [--steps 20] [--seeds 16] [--only WORD ...] [--fid 1000] [--fid-of all]
+    python benchmarks/caching_quality.py [--model NAME ...] [--steps 20] [--only WORD ...] [--fid 1000] [--fid-of all]
     python benchmarks/caching_quality.py --calibrate 0.5 [--fit dp router erta] [--model NAME ...] [--steps 20] [--at SITE ...]
 
 An arm draws the images of --seeds seeds with DPM-Solver++ 2M and guidance 2 (none for the pixel model). Its MACs are those of
