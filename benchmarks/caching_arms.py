@@ -105,6 +105,8 @@ def methods(unet: bool) -> list[Any]:
     both = [
         *(c.FORA(n) for n in (2, 3)),
         *(c.TaylorSeer(n, first_enhance=2, lite=lite) for n in (2, 3, 4) for lite in (False, True)),
+        *(c.HiCache(n, first_enhance=3, lite=True) for n in (2, 3)),
+        *(c.EasyCache(t, warmup=3) for t in (0.05, 0.1, 0.2)),
         c.PyramidBroadcast(),
         c.PyramidBroadcast(spatial=3, window=(0, 1000)),
         *(() if unet else (c.PyramidBroadcast.published("latte"),)),

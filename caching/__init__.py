@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fewstep.caching.methods.deep_cache import DeepCache as DeepCache
     from fewstep.caching.methods.dp_cache import DPCache as DPCache
     from fewstep.caching.methods.early_exit import EarlyExit as EarlyExit
+    from fewstep.caching.methods.easycache import EasyCache as EasyCache
     from fewstep.caching.methods.encoder_propagation import EncoderPropagation as EncoderPropagation
     from fewstep.caching.methods.erta import ERTACache as ERTACache
     from fewstep.caching.methods.exit_training import train_early_exit_ as train_early_exit_
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from fewstep.caching.methods.removal import removable as removable
     from fewstep.caching.methods.removal import removal_scores as removal_scores
     from fewstep.caching.methods.router import Router as Router
+    from fewstep.caching.methods.taylorseer import HiCache as HiCache
     from fewstep.caching.methods.taylorseer import TaylorSeer as TaylorSeer
     from fewstep.caching.methods.teacache import PolynomialFit as PolynomialFit
     from fewstep.caching.methods.teacache import TeaCache as TeaCache
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from fewstep.caching.plan import CachePlan as CachePlan
     from fewstep.caching.predictors import Affine as Affine
     from fewstep.caching.predictors import Extrapolate as Extrapolate
+    from fewstep.caching.predictors import Hermite as Hermite
     from fewstep.caching.predictors import Hold as Hold
     from fewstep.caching.predictors import Momentum as Momentum
     from fewstep.caching.predictors import Scale as Scale
@@ -82,6 +85,7 @@ _MODULES = {
     "methods.erta": ("ERTACache",),
     "methods.fast_attention": ("search_attention",),
     "methods.exit_training": ("train_early_exit_",),
+    "methods.easycache": ("EasyCache",),
     "methods.first_block": ("DBCache", "FirstBlockCache"),
     "methods.interval": ("FORA", "DeltaDiT", "Interval"),
     "methods.magcache": ("MagCache",),
@@ -89,13 +93,13 @@ _MODULES = {
     "methods.rehash": ("StepRehash",),
     "methods.removal": ("Removal", "removable", "removal_scores"),
     "methods.router": ("Router",),
-    "methods.taylorseer": ("TaylorSeer",),
+    "methods.taylorseer": ("HiCache", "TaylorSeer"),
     "methods.teacache": ("PolynomialFit", "TeaCache", "fit_polynomial"),
     "methods.uncond": ("CFGCache", "FasterCacheCFG", "GuidanceWindow", "UncondReuse"),
     "methods.windows": ("ReAttention",),
     "noise": ("prior_noise",),
     "plan": ("CachePlan",),
-    "predictors": ("Affine", "Extrapolate", "Hold", "Momentum", "Scale", "Taylor"),
+    "predictors": ("Affine", "Extrapolate", "Hermite", "Hold", "Momentum", "Scale", "Taylor"),
     "profiling": ("profile",),
     "report": ("CacheReport",),
     "spectral": ("FasterCacheDelta", "FrequencyDelta"),

@@ -12,6 +12,7 @@ from fewstep.caching.actions import Action
 from fewstep.caching.families import Family
 from fewstep.caching.plan import Actions, CachePlan
 from fewstep.caching.predictors import Hold, Predictor
+from fewstep.caching.store import Value
 from fewstep.errors import FewstepError
 
 
@@ -27,6 +28,7 @@ class Entry:
         args, kwargs: what it is called with.
         probes: what was recorded in this call at the modules that the method asked for.
         computed: the step at which the site was last computed; None where there is nothing to reuse.
+        kept: the newest value that is kept of the site, where it has one value.
     """
 
     step: int
@@ -37,6 +39,7 @@ class Entry:
     kwargs: Mapping[str, Any]
     probes: Mapping[str, Any]
     computed: int | None
+    kept: Value | None = None
 
 
 class Decider(Protocol):

@@ -297,7 +297,8 @@ class ModelCache:
     def _decide(self, call: Call, index: int, cell: Cell, keep: bool, module: Any, args: Any, kwargs: Any) -> Action:
         owner = self._owner[index]
         local = index - self._first[owner]
-        entry = Entry(call.step, call.total, local, module, args, kwargs, call.probes, cell.computed)
+        kept = cell.history[0] if cell.history else None
+        entry = Entry(call.step, call.total, local, module, args, kwargs, call.probes, cell.computed, kept)
         action = call.stream.deciders[owner](entry)
         if action in self.sites[index].roles[0].reads and cell.computed is None:
             action, self.forced = Action.COMPUTE, self.forced + 1

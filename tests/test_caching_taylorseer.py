@@ -62,6 +62,47 @@ def test_the_published_sum_is_that_of_the_factors_kept_from_step_to_step(order):
     assert forecast(caching.Taylor(order), values, past[::-1], 13) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("past", PAST)
+def test_hermite_of_one_over_the_root_of_two_follows_a_line_as_the_published_sum_does(past):
+    """2 sigma^2 = 1; a smaller sigma follows that share of the line's change."""
+    step = past[0] + 3
+    line = {s: 3.0 - 0.25 * s for s in (*past, step)}
+    whole = caching.Hermite(1, sigma=2**-0.5)
+    assert whole.weights(past[:2], step) == pytest.approx(caching.Taylor(1).weights(past[:2], step), rel=1e-14)
+    part = forecast(caching.Hermite(1, sigma=0.5), line, past, step)
+    assert part == pytest.approx(line[past[0]] + 0.5 * (line[step] - line[past[0]]), rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("sigma", [0.5, 0.9])
+def test_hermite_takes_the_differences_times_scaled_polynomials(order, sigma):
+    past, step = (9, 7, 6, 4, 1), 11
+    values = {s: math.sin(0.7 * s) for s in (*past, step)}
+    polynomials = [1.0, 2 * sigma * (step - past[0])]
+    for k in range(1, order):
+        polynomials.append(2 * sigma * (step - past[0]) * polynomials[k] - 2 * k * polynomials[k - 1])
+    row = [values[s] for s in past]
+    expected = 0.0
+    for k in range(order + 1):
+        expected += sigma**k * polynomials[k] / math.factorial(k) * row[0]
+        row = [(a - b) / (past[j] - past[j + 1]) for j, (a, b) in enumerate(zip(row, row[1:], strict=False))]
+    assert forecast(caching.Hermite(order, sigma), values, past, step) == pytest.approx(expected, rel=1e-11)
+
+
+def test_hicache_is_taylorseer_with_another_forecast(tmp_path):
+    tiny = TINY["pixart"]
+    family = family_of(tiny.model())
+    ours, seer = (make(4, order=2, lite=True).compile(family, 12) for make in (caching.HiCache, caching.TaylorSeer))
+    assert (ours.actions == seer.actions).all()
+    assert ours.predictor == caching.Hermite(2, 0.5) != seer.predictor
+    ours.save(tmp_path / "plan.json")
+    assert caching.CachePlan.load(tmp_path / "plan.json").digest == ours.digest
+    with pytest.raises(FewstepError, match="exact=True is TaylorSeer's"):
+        caching.HiCache(exact=True)
+    with pytest.raises(FewstepError, match="sigma is 0; give a number above 0"):
+        caching.HiCache(sigma=0)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_network_that_moves_on_a_line_is_forecast_exactly(exact):
     start, slope = torch.randn(2, 3), torch.randn(2, 3)

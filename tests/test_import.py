@@ -31,7 +31,7 @@ PUBLIC = {
     ),
     "caching": (
         "FirstBlockCache DBCache TeaCache fit_polynomial PolynomialFit MagCache TaylorSeer PyramidBroadcast FasterCache "
-        "StepRehash EarlyExit train_early_exit_ Scale profile "
+        "StepRehash EarlyExit train_early_exit_ Scale profile EasyCache HiCache Hermite "
         "UncondReuse GuidanceWindow CFGCache FasterCacheCFG FrequencyDelta FasterCacheDelta TokenMerging FrameMerging "
         "ReAttention search_attention Removal removable removal_scores prior_noise"
     ),

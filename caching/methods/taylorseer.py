@@ -1,4 +1,4 @@
-"""TaylorSeer: features are forecast from their last few computed values instead of held."""
+"""TaylorSeer and HiCache: features are forecast from their last few computed values instead of held."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fewstep.caching.method import Method, check_interval, steps_table
 from fewstep.caching.methods.interval import all_branches, every
 from fewstep.caching.methods.online import whole_stack
 from fewstep.caching.plan import Actions
-from fewstep.caching.predictors import Extrapolate, Predictor, Taylor
+from fewstep.caching.predictors import Extrapolate, Hermite, Predictor, Taylor
+from fewstep.errors import FewstepError
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,26 @@ class TaylorSeer(Method):
 
     def table(self, steps: int, sites: Sequence[str]) -> Actions:
         return steps_table(every(steps, self.interval, self.first_enhance), len(sites))
+
+
+@dataclass(frozen=True)
+class HiCache(TaylorSeer):
+    """:class:`TaylorSeer` with Hermite polynomials in the forecast, see :class:`~fewstep.caching.Hermite`.
+
+    HiCache: A Plug-in Scaled-Hermite Upgrade for Taylor-Style Cache-then-Forecast Diffusion Acceleration, arXiv 2508.16984.
+
+    Attributes:
+        sigma: scale of the polynomials' argument and of the differences.
+    """
+
+    order: int = 2
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exact:
+            raise FewstepError("HiCache has its own forecast; exact=True is TaylorSeer's")
+
+    @property
+    def predictor(self) -> Predictor:
+        return Hermite(self.order, self.sigma)
