@@ -54,6 +54,7 @@ from fewstep.samplers.solvers.neural_solver import NeuralSolver as NeuralSolver
 from fewstep.samplers.solvers.restart import Restart as Restart
 from fewstep.samplers.solvers.restart import RestartInterval as RestartInterval
 from fewstep.samplers.solvers.runge_kutta import RungeKutta as RungeKutta
+from fewstep.samplers.solvers.sa_solver import SASolver as SASolver
 from fewstep.samplers.solvers.unipc import UniPC as UniPC
 from fewstep.samplers.solvers.usf import USF as USF
 from fewstep.samplers.solvers.usf import Decision as Decision
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from fewstep.samplers.schedulers import PlanScheduler as PlanScheduler
     from fewstep.samplers.schedulers import RestartScheduler as RestartScheduler
     from fewstep.samplers.schedulers import RungeKuttaScheduler as RungeKuttaScheduler
+    from fewstep.samplers.schedulers import SASolverScheduler as SASolverScheduler
     from fewstep.samplers.schedulers import UniPCScheduler as UniPCScheduler
     from fewstep.samplers.schedulers import USFScheduler as USFScheduler
 
@@ -101,6 +103,7 @@ _SCHEDULERS = (
     "PlanScheduler",
     "RestartScheduler",
     "RungeKuttaScheduler",
+    "SASolverScheduler",
     "USFScheduler",
     "UniPCScheduler",
 )

@@ -26,6 +26,7 @@ from fewstep.samplers.solvers.momentum import HeavyBall
 from fewstep.samplers.solvers.neural_solver import NeuralSolver
 from fewstep.samplers.solvers.restart import Restart, RestartInterval
 from fewstep.samplers.solvers.runge_kutta import TABLEAUS, RungeKutta
+from fewstep.samplers.solvers.sa_solver import SASolver
 from fewstep.samplers.solvers.unipc import UniPC
 from fewstep.samplers.solvers.usf import USF, Decision
 
@@ -121,6 +122,14 @@ CAPABILITIES: tuple[Capability, ...] = (
         UniPC, "2302.04867",
         tuple(UniPC(order=p, solver_type=k, basis=b) for p in (1, 2, 3, 4) for k in ("bh1", "bh2") for b in ("data", "noise")),
         scheduler="UniPCScheduler",
+    ),
+    Capability(
+        SASolver, "2309.05019",
+        (
+            *(SASolver(order=p, corrector_order=c, tau=tau) for p, c in ((1, 1), (2, 2), (3, 4), (4, 0)) for tau in (0.0, 1.0)),
+            SASolver(order=2, corrector_order=3, simplified=True, low=0.1, high=2.0),
+        ),
+        scheduler="SASolverScheduler", noise="`tau`",
     ),
     Capability(
         FlowSolver, "2505.21114 (baseline)",

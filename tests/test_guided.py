@@ -21,7 +21,7 @@ CONFIGS = {
     "v": {**SD, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     "flow": dict(FlowMatchEulerDiscreteScheduler(shift=3.0).config),
 }
-NEITHER = {"MeanReverting", "Restart"}
+NEITHER = {"MeanReverting", "Restart", "SASolver"}
 """Processes or noise of their own: no reference trajectory is theirs."""
 
 
@@ -66,3 +66,10 @@ def test_no_scheduler_is_worse_than_ddim_at_five_guided_steps(problem):
     allowed = 1.1 * error("DDIM", problem)
     errors = {name: error(name, problem) for name in names}
     assert {name: value for name, value in errors.items() if not value <= allowed} == {}
+
+
+def test_few_guided_steps_with_noise_stay_as_near_as_ddim_with_noise(problem):
+    """What is left is the noise itself: a scheduler that throws states off ends several times as far away."""
+    torch.manual_seed(0)
+    assert error("SASolver", problem) < 1.5 * error("DDIM(eta=1.0)", problem)
+    assert error("SASolver(disable_corrector=[], simplified=True)", problem) > error("SASolver", problem)

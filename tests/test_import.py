@@ -20,7 +20,7 @@ PUBLIC = {
         "DPMSolverSinglestepScheduler IPNDMScheduler LMSScheduler RungeKuttaScheduler FlowScheduler "
         "NoiseSchedule Grid SolverPlan Solver DDIM DPMSolver DEIS UniPC lagrange_row sample Executor Run "
         "DDIMScheduler DPMSolverScheduler DEISScheduler UniPCScheduler PlanScheduler "
-        "Restart RestartInterval MeanReverting ResShift LML RestartScheduler MeanRevertingScheduler LMLScheduler "
+        "Restart RestartInterval MeanReverting ResShift LML RestartScheduler MeanRevertingScheduler LMLScheduler SASolver SASolverScheduler "
         "skip_tuning_ remove_skip_tuning_ skip_tuned "
         "HeavyBall GHVB DCSolver EMS ModelStatistics USF Decision AcceleratedDDIM AcceleratedDDPM "
         "HeavyBallScheduler GHVBScheduler DCSolverScheduler EMSScheduler USFScheduler "

@@ -154,6 +154,7 @@ class EfficientDM(Distilled):
     """
 
     trained: Literal["full", "low rank"] = "low rank"
+    rate: float = 0.005
 
 
 @dataclass(frozen=True)

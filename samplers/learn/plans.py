@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -55,36 +55,57 @@ def use_(pipe: Any, plan: SolverPlan | str | Path, *, other_model: bool = False)
         plan: the plan, or the path of its JSON file.
         other_model: take a plan that was learned with other weights, and be warned.
 
+    Weights in another precision count as others. Those of a quantised network are not compared: they are no more what they
+    were.
+
     Raises:
         ArtifactError: a plan for another noise schedule or prediction type, or for other weights.
     """
+    from fewstep.quant import plan_of
     from fewstep.samplers.learn.teaching.capture import denoiser_of
     from fewstep.samplers.schedulers import PlanScheduler
 
     plan = plan if isinstance(plan, SolverPlan) else SolverPlan.load(plan)
     plan.check_schedule(NoiseSchedule.from_config(pipe.scheduler.config))
     learned_on = plan.provenance.get("model")
-    if learned_on is not None:
+    if learned_on is not None and plan_of(network := denoiser_of(pipe)) is None:
         from fewstep.eval import fingerprint
 
-        here = fingerprint.of_module(denoiser_of(pipe))
+        here = fingerprint.of_module(network)
         if here != learned_on:
             said = f"the plan was learned on weights {learned_on[:12]}, this pipeline has {here[:12]}"
             if not other_model:
-                raise ArtifactError(f"{said}; learn one for it, or give other_model=True to try this one")
+                raise ArtifactError(
+                    f"{said}, or the same in another precision; learn one for it, or give other_model=True to try this one"
+                )
             warnings.warn(said, OutsideCalibration, stacklevel=2)
     scheduler = PlanScheduler.from_plan(plan, pipe.scheduler.config)
-    set_timesteps = scheduler.set_timesteps
+    scheduler.on_run = GuidanceCheck(plan, pipe)
+    pipe.scheduler = scheduler
 
-    @functools.wraps(set_timesteps)
-    def checked(*args: Any, **kwargs: Any) -> None:
+
+class GuidanceCheck:
+    """Warns where a run of ``pipe`` begins with guidance that ``plan`` was not learned for.
+
+    Copied along with the pipeline it looks at the copy; copied or pickled without one it looks at none.
+    """
+
+    def __init__(self, plan: SolverPlan, pipe: Any = None) -> None:
+        self.plan = plan
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+
+    def __call__(self) -> None:
+        pipe = self._pipe() if self._pipe is not None else None
         scale = getattr(pipe, "guidance_scale", None)
         if scale is not None:
-            check_guidance(plan, float(scale))
-        set_timesteps(*args, **kwargs)
+            check_guidance(self.plan, float(scale))
 
-    scheduler.__dict__["set_timesteps"] = checked
-    pipe.scheduler = scheduler
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidanceCheck:
+        pipe = self._pipe() if self._pipe is not None else None
+        return GuidanceCheck(self.plan, None if pipe is None else memo.get(id(pipe)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GuidanceCheck, (self.plan,)
 
 
 def check_guidance(plan: SolverPlan, guidance: float) -> None:
@@ -98,5 +119,5 @@ def check_guidance(plan: SolverPlan, guidance: float) -> None:
         warnings.warn(
             f"this plan was learned at guidance {span} and is used at {guidance:g}; learn one for it",
             OutsideCalibration,
-            stacklevel=3,
+            stacklevel=5,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,13 +79,14 @@ def tune(
         The plan, with what it was learned for and its held-out error before and after in ``provenance``.
 
     Raises:
-        FewstepError: fewer than three trajectories, or a number of calls that no solver can make.
+        FewstepError: fewer than three trajectories, a number of calls that no solver can make, or samples that are not finite.
     """
     if len(problem) < 3:
         raise FewstepError(
             f"{len(problem)} trajectories are too few to learn from and to judge by; give at least 3, rather 64"
         )
-    tuning = _Tuning(*problem.split(held_out or max(1, len(problem) // 3)), nfe, seconds, report)
+    held_out = max(1, len(problem) // 3) if held_out is None else held_out
+    tuning = _Tuning(*problem.split(held_out), nfe, seconds, report)
     stages = STAGES
     if start is not None and tuning.go_on_from(_given(start, tuning.judge, nfe)):
         stages = STAGES[-1:]
@@ -105,11 +107,16 @@ class _Tuning:
         few = untuned(train, nfe, samples=8)[:3]
         before = time.monotonic()
         judged = [replace(u, error=float(error(u.plan, judge).mean())) for u in few]
+        judged = [u for u in judged if math.isfinite(u.error)]
+        if not judged:
+            raise FewstepError(
+                "the untuned plans give NaN or infinite samples on the held-out trajectories; run the model in float32"
+            )
         self.pace = (time.monotonic() - before) / (len(few) * nfe * len(judge))
         """Seconds of a network call for a sample."""
         self.start = min(judged, key=lambda u: u.error)
         self.untouched, self.begin = self.start.error, f"{self.start.solver} on {self.start.grid.name}"
-        self.stage, self.history, self.idle, self.sets = "untuned", list[dict[str, float]](), 0, 1
+        self.stage, self.history, self.idle, self.sets = "untuned", list[dict[str, float | None]](), 0, 1
 
     @property
     def spent(self) -> float:
@@ -124,7 +131,7 @@ class _Tuning:
     def seen(self, plan: SolverPlan, loss: float, stage: str) -> bool:
         """Judge a plan, keep it if it is the best, and say whether the stage may go on."""
         found = float(error(plan, self.judge).mean())
-        self.history.append({"seconds": self.spent, "loss": loss, "held_out": found})
+        self.history.append({"seconds": self.spent, "loss": loss, "held_out": found if math.isfinite(found) else None})
         self.idle = 0 if found < 0.995 * self.start.error else self.idle + 1
         if found < self.start.error:
             self.start, self.stage = _as_start(plan, found, self.train), stage

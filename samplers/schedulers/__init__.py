@@ -21,5 +21,6 @@ from fewstep.samplers.schedulers.options import LOWERING as LOWERING
 from fewstep.samplers.schedulers.plan import PlanScheduler as PlanScheduler
 from fewstep.samplers.schedulers.restart import RestartScheduler as RestartScheduler
 from fewstep.samplers.schedulers.runge_kutta import RungeKuttaScheduler as RungeKuttaScheduler
+from fewstep.samplers.schedulers.sa_solver import SASolverScheduler as SASolverScheduler
 from fewstep.samplers.schedulers.unipc import UniPCScheduler as UniPCScheduler
 from fewstep.samplers.schedulers.usf import USFScheduler as USFScheduler

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,12 +24,14 @@ class PlanScheduler(SolverScheduler):
     - such a path with ``{nfe}`` where the number of calls stands, ``"boot-{nfe}.json"``: every plan there is, and
       ``set_timesteps`` chooses;
     - the name of an embedded model, for the learned plans that come with it;
-    - a plan's own ``to_dict()``, or a dict of several by number of calls.
+    - a plan, as the object or its ``to_dict()``, or a dict of several by number of calls.
 
-    The config keeps all that was found, so that a saved pipeline needs no other file. :meth:`from_plan` takes the object.
+    The config keeps all that was found, so that a saved pipeline needs no other file.
     """
 
     options: ClassVar[dict[str, Any]] = {"plan": None}
+    on_run: Callable[[], None] | None = None
+    """Called whenever a run begins; who put the scheduler into a pipeline may look at that then."""
 
     @classmethod
     def from_plan(cls, plan: SolverPlan, config: Mapping[str, Any], **kwargs: Any) -> PlanScheduler:
@@ -49,6 +52,12 @@ class PlanScheduler(SolverScheduler):
         kept = {str(nfe): plan.to_dict() for nfe, plan in self.plans.items()}
         self.register_to_config(plan=kept if len(kept) > 1 else next(iter(kept.values())))
 
+    @functools.wraps(SolverScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        if self.on_run is not None:
+            self.on_run()
+        super().set_timesteps(*args, **kwargs)
+
     def solver(self) -> Solver:
         raise FewstepError("a PlanScheduler runs a finished plan; it has no solver to compile")
 
@@ -66,27 +75,25 @@ class PlanScheduler(SolverScheduler):
         return None, self.plans[asked]
 
 
-def read_plans(source: str | Path | Mapping[str, Any]) -> dict[int, SolverPlan]:
+def read_plans(source: Any) -> dict[int, SolverPlan]:
     """The plans that ``plan=`` of :class:`PlanScheduler` stands for, by network calls, the fewest first.
 
     Raises:
-        FewstepError: a name without learned plans, a pattern that no file has, or plans of one number of calls in two files.
+        FewstepError: nothing that stands for plans, a name without learned ones, a pattern that no file has, plans of one
+            number of calls in two files, or a plan of another number than its file or key says.
         ArtifactError: a file that cannot be read.
+        PlanError: a dict that is no plan.
     """
-    if isinstance(source, Mapping):
-        made = [
-            SolverPlan.from_dict(p)
-            for p in (source.values() if all(str(key).isdigit() for key in source) else [source])
-        ]
+    if isinstance(source, SolverPlan):
+        made = [source]
+    elif isinstance(source, Mapping):
+        made = _of_mapping(source)
+    elif not isinstance(source, str | Path):
+        raise FewstepError(f"plan is of type {type(source).__name__}; give a path, a name, a plan, or a dict of plans")
     elif str(source).endswith(".json"):
-        made = [SolverPlan.load(path) for path in _files(str(source))]
+        made = _of_files(str(source))
     else:
-        from fewstep.samplers.learn.plans import load, shipped
-
-        name = str(source)
-        if name not in (there := shipped()):
-            raise FewstepError(unknown("learned plans", name, (*there, "a path ending in .json")))
-        made = [load(name, nfe) for nfe in there[name]]
+        made = _shipped(str(source))
     plans = {plan.nfe: plan for plan in sorted(made, key=lambda plan: plan.nfe)}
     if len(plans) < len(made):
         raise FewstepError(
@@ -95,12 +102,41 @@ def read_plans(source: str | Path | Mapping[str, Any]) -> dict[int, SolverPlan]:
     return plans
 
 
-def _files(pattern: str) -> list[Path]:
+def _of_mapping(source: Mapping[Any, Any]) -> list[SolverPlan]:
+    if not source:
+        raise FewstepError("plan is an empty dict; give plans by their numbers of calls")
+    if not all(str(key).isdecimal() for key in source):
+        return [SolverPlan.from_dict(source)]
+    made = []
+    for key, given in source.items():
+        if not isinstance(given, SolverPlan | Mapping):
+            raise FewstepError(f"plan has a {type(given).__name__} for {key} calls; give a plan or its to_dict()")
+        plan = given if isinstance(given, SolverPlan) else SolverPlan.from_dict(given)
+        made.append(_of_calls(int(key), plan, f"the plan for {key} calls"))
+    return made
+
+
+def _of_files(pattern: str) -> list[SolverPlan]:
     folder, name = Path(pattern).parent, Path(pattern).name
     if "{nfe}" not in name:
-        return [Path(pattern)]
-    numbered = re.compile(re.escape(name).replace(re.escape("{nfe}"), r"\d+"))
-    found = [path for path in folder.glob("*.json") if numbered.fullmatch(path.name)]
+        return [SolverPlan.load(pattern)]
+    before, _, after = name.partition("{nfe}")
+    numbered = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+    found = [(path, match) for path in folder.glob("*.json") if (match := numbered.fullmatch(path.name))]
     if not found:
         raise FewstepError(f"no file is named {pattern} with a number in place of {{nfe}}")
-    return found
+    return [_of_calls(int(match[1]), SolverPlan.load(path), str(path)) for path, match in found]
+
+
+def _shipped(name: str) -> list[SolverPlan]:
+    from fewstep.samplers.learn.plans import load, shipped
+
+    if name not in (there := shipped()):
+        raise FewstepError(unknown("learned plans", name, (*there, "a path ending in .json")))
+    return [load(name, nfe) for nfe in there[name]]
+
+
+def _of_calls(said: int, plan: SolverPlan, what: str) -> SolverPlan:
+    if plan.nfe != said:
+        raise FewstepError(f"{what} has {plan.nfe} network calls; name it by that number")
+    return plan

@@ -120,6 +120,8 @@ def _step(
     weight = here.weight.sqrt()[:, None].expand_as(here.residual).reshape(-1, 1)
     a = jacobian.double() * weight
     normal, slope = a.T @ a, a.T @ (here.residual.reshape(-1, 1) * weight)[:, 0]
+    if not float(normal.diagonal().max()) > 0:  # no number moves the end, or one of them makes it NaN
+        return None
     ridge = torch.diag(normal.diagonal() + 1e-6 * normal.diagonal().max())
     for tries in range(1, 1 + patience):
         parameters.set(here.vector - torch.linalg.solve(normal + damping * ridge, slope))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep.artifact import read_json, write_json
-from fewstep.errors import FewstepError
+from fewstep.errors import ArtifactError, FewstepError
 from fewstep.samplers.learn.methods.dc import BOUND
 
 
@@ -39,13 +39,15 @@ class Cascade:
         """The least-squares fit to searched ratios, by (number of calls, guidance).
 
         Raises:
-            FewstepError: an empty table, or ratios that are not as many as the calls.
+            FewstepError: an empty table, or ratios that are not finite, or not as many as the calls.
         """
         rows: list[npt.NDArray[np.float64]] = []
         right: list[float] = []
         for (n, _), ratios in table.items():
             if len(ratios) != n:
                 raise FewstepError(f"{len(ratios)} ratios are given for {n} calls; one a call is needed")
+            if not np.isfinite(ratios).all():
+                raise FewstepError(f"the ratios of {n} calls are {list(ratios)}; give finite numbers")
         calls, scales = sorted({n for n, _ in table}), sorted({g for _, g in table})
         inner = max((n - first for n in calls), default=0)
         if inner < 1:
@@ -64,8 +66,11 @@ class Cascade:
         """Ratios for so many calls at this guidance.
 
         Raises:
-            FewstepError: outside the box that was searched.
+            FewstepError: outside the box that was searched, or a number of calls that is not whole.
         """
+        if nfe != int(nfe):
+            raise FewstepError(f"nfe is {nfe}; give a whole number of calls")
+        nfe = int(nfe)
         inside = self.nfe[0] <= nfe <= self.nfe[1] and self.guidance[0] <= guidance <= self.guidance[1]
         if not inside:
             raise FewstepError(
@@ -90,9 +95,18 @@ class Cascade:
     def load(path: str | Path) -> Cascade:
         """Read what :meth:`save` wrote; raises :class:`~fewstep.errors.ArtifactError` for anything else."""
         body = read_json(path, "CompensationCascade", ("coefficients", "nfe", "guidance", "first", "provenance"))
-        nested = tuple(tuple(tuple(line) for line in plane) for plane in body["coefficients"])
-        (low, high), (weak, strong) = body["nfe"], body["guidance"]
-        return Cascade(nested, (low, high), (weak, strong), int(body["first"]), body["provenance"])
+        try:
+            coefficients = np.asarray(body["coefficients"], dtype=np.float64)
+            (low, high), (weak, strong) = map(int, body["nfe"]), map(float, body["guidance"])
+            first = int(body["first"])
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} holds no ratios along a curve: {error}") from None
+        if coefficients.ndim != 3 or not coefficients.size or not np.isfinite(coefficients).all():
+            raise ArtifactError(
+                f"{path} has coefficients of shape {coefficients.shape}; three axes of numbers are needed"
+            )
+        nested = tuple(tuple(tuple(line) for line in plane) for plane in coefficients.tolist())
+        return Cascade(nested, (low, high), (weak, strong), first, body["provenance"])
 
 
 def _features(n: int, guidance: float, i: int, degrees: tuple[int, int, int]) -> npt.NDArray[np.float64]:

@@ -97,6 +97,11 @@ class GuidedDenoiser:
     def __init__(self, denoiser: nn.Module, steps: Sequence[_Step], guidance: Tensor) -> None:
         self._denoiser = denoiser
         first = steps[0]
+        if len({len(s.raw) for s in steps}) > 1:
+            raise FewstepError(
+                f"some of the guidance scales {sorted(set(guidance.tolist()))} are drawn with classifier-free guidance and "
+                "some without (at most 1); learn a plan for each of the two"
+            )
         self.initial = torch.cat([s.sample for s in steps]).float()
         self._copies = len(first.raw)
         self._channels = first.combined.shape[1]

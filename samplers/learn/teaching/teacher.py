@@ -25,6 +25,8 @@ CHUNK = 16
 CHECKED = 8
 """Trajectories whose ends are compared with those of twice the steps."""
 KIND = "TeacherTrajectories"
+ADDED = ("schedule", "size", "call")
+"""What files did not say at first; those that lack it are taken."""
 
 
 def solve(
@@ -80,13 +82,14 @@ class Teacher:
         call: further arguments of the pipeline.
 
     Raises:
-        FewstepError: fewer prompts than seeds, no seeds or the same one twice, or a pipeline that cannot be captured.
+        FewstepError: fewer prompts than seeds, no seeds or the same one twice, or guidance that is no number; from
+            :meth:`problem`, a pipeline that cannot be captured.
     """
 
     def __init__(
         self,
         pipe: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         guidance: float | Sequence[float] = 7.5,
         steps: int = 64,
         seeds: Sequence[int] = range(64),
@@ -105,10 +108,13 @@ class Teacher:
         if steps < 8:
             raise FewstepError(f"a teacher needs at least 8 steps, and rather 64, got {steps}")
         needed = len(self.seeds) if family(type(pipe)) != "unconditional" else 0
-        if len(prompts) < needed:
-            raise FewstepError(f"{len(prompts)} prompts were given for {needed} seeds; one a seed is needed")
-        self.prompts = list(prompts)[:needed] or [""] * len(self.seeds)
+        given = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if len(given) < needed:
+            raise FewstepError(f"{len(given)} prompts were given for {needed} seeds; one a seed is needed")
+        self.prompts = given[:needed] or [""] * len(self.seeds)
         scales = [float(guidance)] if isinstance(guidance, (int, float)) else [float(g) for g in guidance]
+        if not scales or not all(map(math.isfinite, scales)):
+            raise FewstepError(f"guidance is {guidance!r}; give a number, or some")
         self.guidance = [scales[i % len(scales)] for i in range(len(self.seeds))]
         self.pipe, self.steps, self.tolerance, self.call = pipe, steps, tolerance, call
         self.folder = None if folder is None else Path(folder)
@@ -168,11 +174,13 @@ class Teacher:
         mine["prompts_sha256"] = hashlib.sha256(
             json.dumps([self.prompts[i] for i in which.tolist()]).encode()
         ).hexdigest()
+        mine |= {"schedule": self.schedule.fingerprint, "size": list(noise.shape[1:]), "call": self._call()}
         path = None if self.folder is None else self.folder / f"trajectories-{int(which[0]):05d}.json"
         if path is not None and path.exists():
             body = read_json(path, KIND, ("about", "arrays", "arrays_sha256"))
-            if body["about"] != mine:
-                differing = sorted(k for k in mine if body["about"].get(k) != mine[k])
+            kept_for = {**{key: mine[key] for key in ADDED}, **body["about"]}
+            if kept_for != mine:
+                differing = sorted(k for k in {*mine, *kept_for} if kept_for.get(k) != mine.get(k))
                 raise ArtifactError(
                     f"{path} holds another teacher's trajectories (differing: {', '.join(differing)}); "
                     "give another folder, or remove this one"
@@ -183,6 +191,18 @@ class Teacher:
         if path is not None:
             write_with_tensors(path, KIND, {"about": mine}, {"lam": made.lam, "states": made.states})
         return made
+
+    def _call(self) -> dict[str, str]:
+        """What the pipeline is called with besides, as JSON; of objects that are no values only the type."""
+        from fewstep.eval import fingerprint
+
+        def said(value: Any) -> str:
+            if isinstance(value, Tensor):
+                return fingerprint.of_tensors([("", value)])
+            plain = isinstance(value, str | int | float | bool | list | tuple | dict | type(None))
+            return repr(value) if plain else type(value).__name__
+
+        return {name: said(value) for name, value in sorted((self.call or {}).items())}
 
     def _converged(self, problem: Problem) -> float:
         path = None if self.folder is None else self.folder / "drift.json"
