@@ -136,6 +136,9 @@ METHODS: dict[str, Arm] = {
     "W4A4 SVDQuant r32": Arm(lambda: quant.SVDQuant(rank=32, grid=8, iterations=10), "W4A4 naive"),
     "W4A4 SVDQuant r0": Arm(lambda: quant.SVDQuant(rank=0, grid=8), "W4A4 naive"),
     "W4A4 SVDQuant r8 GPTQ": Arm(lambda: quant.SVDQuant(rank=8, grid=8, iterations=10, gptq=True), "W4A4 SVDQuant r8"),
+    "W4A4 SVDQuant r32 GPTQ": Arm(
+        lambda: quant.SVDQuant(rank=32, grid=8, iterations=10, gptq=True), "W4A4 SVDQuant r32"
+    ),
     "W4A4 EfficientDM": from_trajectories(quant.EfficientDM, "W4A4 naive"),
     "W4A4 QuEST": from_trajectories(quant.QuEST, "W4A4 naive"),
     "W4A4 by time, start": from_trajectories(lambda: quant.EfficientDM(iterations=0, **TIMES)),
