@@ -27,67 +27,52 @@ from fewstep.quant.calibration.calls import Call, first_tensor
 Network = tuple[nn.Module, Call, str]
 
 
-def dit() -> Network:
-    """DiT-XL/2 at 256 x 256 pixels: 28 blocks of width 1152, 256 tokens, one guided image (a batch of 2)."""
+def _dit(heads: int, width: int, blocks: int, size: int, labels: list[int]) -> tuple[nn.Module, Call]:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=32, out_channels=8
+        num_attention_heads=heads, attention_head_dim=width, num_layers=blocks, sample_size=size, out_channels=8
     )
-    call = Call((), {"hidden_states": torch.randn(2, 4, 32, 32), "timestep": torch.tensor([500, 500]),
-                     "class_labels": torch.tensor([1, 1000])})  # fmt: skip
-    return model.eval(), call, "DiT-XL/2, 2 x 256 tokens"
+    batch = len(labels)
+    call = Call((), {"hidden_states": torch.randn(batch, 4, size, size), "timestep": torch.full((batch,), 500),
+                     "class_labels": torch.tensor(labels)})  # fmt: skip
+    return model.eval(), call
+
+
+def _unet(size: int, context: int, **options: Any) -> tuple[nn.Module, Call]:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(sample_size=size, cross_attention_dim=context, attention_head_dim=8, **options)
+    call = Call((), {"sample": torch.randn(1, 4, size, size), "timestep": torch.tensor(500),
+                     "encoder_hidden_states": torch.randn(1, 77, context)})  # fmt: skip
+    return model.eval(), call
+
+
+def dit() -> Network:
+    """DiT-XL/2 at 256 x 256 pixels: 28 blocks of width 1152, 256 tokens, one guided image (a batch of 2)."""
+    return *_dit(16, 72, 28, 32, [1, 1000]), "DiT-XL/2, 2 x 256 tokens"
 
 
 def dit_long() -> Network:
     """DiT-XL/2 at 512 x 512 pixels, 4 of its 28 blocks: 1024 tokens, where attention weighs more."""
-    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, num_layers=4, sample_size=64, out_channels=8
-    )
-    call = Call((), {"hidden_states": torch.randn(1, 4, 64, 64), "timestep": torch.tensor([500]),
-                     "class_labels": torch.tensor([1])})  # fmt: skip
-    return model.eval(), call, "DiT-XL/2, 4 blocks, 1024 tokens"
+    return *_dit(16, 72, 4, 64, [1]), "DiT-XL/2, 4 blocks, 1024 tokens"
 
 
 def unet() -> Network:
     """Stable Diffusion 1.5's UNet at 512 x 512 pixels, one image."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    call = Call((), {"sample": torch.randn(1, 4, 64, 64), "timestep": torch.tensor(500),
-                     "encoder_hidden_states": torch.randn(1, 77, 768)})  # fmt: skip
-    return model.eval(), call, "UNet of SD 1.5, 64 x 64 latent"
+    return *_unet(64, 768), "UNet of SD 1.5, 64 x 64 latent"
 
 
 def small_unet() -> Network:
     """A UNet of Stable Diffusion 1.5's structure with 96 to 384 channels, 32 x 32 latent: to try things out."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=32, cross_attention_dim=256, attention_head_dim=8, block_out_channels=(96, 192, 384, 384)
-    )
-    call = Call((), {"sample": torch.randn(1, 4, 32, 32), "timestep": torch.tensor(500),
-                     "encoder_hidden_states": torch.randn(1, 77, 256)})  # fmt: skip
-    return model.eval(), call, "small UNet, 32 x 32 latent"
+    return *_unet(32, 256, block_out_channels=(96, 192, 384, 384)), "small UNet, 32 x 32 latent"
 
 
 def small_dit() -> Network:
     """Two blocks of DiT's structure of width 384, 64 tokens: to try things out."""
-    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=6, attention_head_dim=64, num_layers=2, sample_size=16, out_channels=8
-    )
-    call = Call((), {"hidden_states": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([500]),
-                     "class_labels": torch.tensor([1])})  # fmt: skip
-    return model.eval(), call, "small DiT, 64 tokens"
+    return *_dit(6, 64, 2, 16, [1]), "small DiT, 64 tokens"
 
 
 MODELS: dict[str, Callable[[], Network]] = {"dit": dit, "dit-long": dit_long, "unet": unet}
