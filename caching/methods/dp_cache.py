@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewstep.caching.families import Family
+from fewstep.caching.families.family import OUTPUT
 from fewstep.caching.families.transformer import TransformerFamily
 from fewstep.caching.families.unet import ENCODER, UNetFamily
 from fewstep.caching.method import Method
@@ -40,6 +41,8 @@ class DPCache(Method):
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 < self.budget <= 1:
             raise FewstepError(f"budget is {self.budget}; give a share of the MACs above 0, at most 1")
+        if self.at is not None and (isinstance(self.at, str) or not self.at):
+            raise FewstepError(f"at is {self.at!r}; give a tuple of sites, or None for those of the family")
         if self.depth not in (1, 2, 3):
             raise FewstepError(f"depth is {self.depth}; give 1 to 3 computed values")
         for name in ("refine", "polish"):
@@ -55,10 +58,10 @@ class DPCache(Method):
         """The sites to choose from."""
         if self.at is not None:
             return [family.site(name).name for name in self.at]
+        inside: list[str] = []
         if isinstance(family, UNetFamily):
-            return [*(f"branch.{b}" for b in range(min(3, family.branch_count))), ENCODER]
+            inside = [*(f"branch.{b}" for b in range(min(3, family.branch_count))), ENCODER]
         if isinstance(family, TransformerFamily):
             count = len(family.paths)
-            tail = [f"blocks[1:{count}]"] if count > 2 else []
-            return ["blocks", *tail]
-        return ["output"]
+            inside = ["blocks", *([f"blocks[1:{count}]"] if count > 2 else [])]
+        return [*inside, OUTPUT]  # a flow's output alone may extrapolate better than what is inside
