@@ -160,7 +160,9 @@ class ModelCache:
         self._copied = False
 
     def remove(self) -> None:
-        """Take all hooks away; the network is as it was."""
+        """Take all hooks away; the network is as it was. Nothing is done where another cache has taken this one's place."""
+        if getattr(installed(self.model), "cache", None) is not self:
+            return
         modules = dict(self.model.named_modules())
         for _, role in reversed(self._roles()):
             if role.path:

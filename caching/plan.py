@@ -218,7 +218,12 @@ class CachePlan:
             "arrays", "arrays_sha256",
         )  # fmt: skip
         body = read_json(path, KIND, keys)
-        tensors = read_tensors(Path(path).parent / body["arrays"], body["arrays_sha256"], body["arrays_named"])
+        name = str(body["arrays"])
+        if Path(name).name != name:
+            raise ArtifactError(f"{path} names its arrays {name!r}; they lie beside it")
+        if not isinstance(body["arrays_named"], list):
+            raise ArtifactError(f"{path}: arrays_named is {body['arrays_named']!r}; it is a list")
+        tensors = read_tensors(Path(path).with_name(name), body["arrays_sha256"], body["arrays_named"])
         try:
             plan = cls(
                 sites=tuple(body["sites"]),

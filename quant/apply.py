@@ -128,14 +128,21 @@ def dequantize_(module: nn.Module) -> int:
 
     Returns:
         How many layers were replaced; attentions in 8 bits are made what they were as well.
+
+    Raises:
+        FewstepError: where a layer or attention has a hook around it, such as a cache's on that very module; nothing is done
+            then.
     """
     from fewstep.quant.correction import remove_correction_
 
     model = unwrapped(module)
     record: Record | None = getattr(model, RECORD, None)
     layers = quantized_layers(model)
-    remove_correction_(model)
+    for name, layer in layers.items():
+        if "forward" in vars(layer):
+            raise FewstepError(f"{name} has a hook around it, such as a cache's; take that off first (caching.remove_)")
     remove(model)
+    remove_correction_(model)
     originals = record.originals if record else {}
     floats = {}
     for name, layer in layers.items():

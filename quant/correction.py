@@ -10,7 +10,8 @@ Source: PTQD, 2305.10657, eq. 12 to 17; CacheQuant, 2503.01323, eq. 11, fits gai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,14 @@ class Correction:
             guidance: classifier-free guidance scale, where the pipeline guides.
 
         Raises:
-            FewstepError: for a plan with coefficients of every dimension's own.
+            FewstepError: for a plan with coefficients of every dimension's own, or one that adds less already.
 
         Source: PTQD, 2305.10657, eq. 17, there for DDIM.
         """
         if plan.sample_shape:
             raise FewstepError(f"plan {plan.method} has coefficients for every dimension; give one with plain numbers")
+        if "absorbed" in plan.provenance:
+            raise FewstepError(f"plan {plan.method} adds less noise already; give the plan as it was made")
         if not plan.has_noise:
             return plan
         noise = plan.noise.detach().clone()
@@ -167,16 +170,35 @@ def correct_(module: nn.Module, correction: Correction) -> None:
     if getattr(model, HANDLE, None) is not None:
         raise FewstepError("the network has a correction already; remove_correction_ first")
 
-    def hook(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    setattr(model, HANDLE, model.register_forward_hook(_Corrector(correction), with_kwargs=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Corrector:
+    """The hook behind a network; an object, which can be pickled and copied with it."""
+
+    correction: Correction
+
+    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if time is None:
             raise FewstepError("the network was not told its time; remove_correction_ first")
-        better = correction.corrected(first_tensor(output), time)
+        better = self.correction.corrected(first_tensor(output), time)
         if isinstance(output, Tensor):
             return better
         return (better, *output[1:]) if isinstance(output, tuple) else type(output)(sample=better)
 
-    setattr(model, HANDLE, model.register_forward_hook(hook, with_kwargs=True))
+
+@contextmanager
+def without_correction(model: nn.Module) -> Iterator[None]:
+    """A network's outputs as its layers make them inside, corrected again after where they were before."""
+    hook = next((hook for hook in model._forward_hooks.values() if isinstance(hook, _Corrector)), None)
+    remove_correction_(model)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            correct_(model, hook.correction)
 
 
 def remove_correction_(module: nn.Module) -> bool:

@@ -143,17 +143,20 @@ def fold_smoothing_(
             solved[site.path] = _searched(x, [named[p] for p in fold.readers], (weight, activation), grid, centre)
         call = calls[0].to(next(model.parameters()).device)
         before = call.run(model).float()
-        for path, fold in first.items():
-            factors, middle, error = solved[path]
-            _fold(model, fold, factors, middle, kept)
-            report[fold.source if not fold.chunks else f"{fold.source}[{fold.scale}]"] = error
-        moved = float((call.run(model).float() - before).norm() / before.norm().clamp(min=1e-30))
-        if not moved < _SAME:
+        try:
+            for path, fold in first.items():
+                factors, middle, error = solved[path]
+                _fold(model, fold, factors, middle, kept)
+                report[fold.source if not fold.chunks else f"{fold.source}[{fold.scale}]"] = error
+            moved = float((call.run(model).float() - before).norm() / before.norm().clamp(min=1e-30))
+            if not moved < _SAME:
+                raise FewstepError(
+                    f"{type(model).__name__} does not compute what it did with smoothing folded in (off by {moved:.1%}): "
+                    "something else reads its normalisations"
+                )
+        except BaseException:
             _put_back(model, kept)
-            raise FewstepError(
-                f"{type(model).__name__} does not compute what it did with smoothing folded in (off by {moved:.1%}): something "
-                "else reads its normalisations"
-            )
+            raise
     setattr(model, FOLDED, kept if keep_originals else {})
     return report
 

@@ -10,6 +10,7 @@ Source: CacheQuant: Comprehensively Accelerated Diffusion Models, 2503.01323, se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,8 @@ def fit_cache(
             with applied(pipe, candidate):
                 errors.append(_error(test.latents(), wanted))
     better = fitted if errors[1] < errors[0] else plan
-    found = {"method": record.plan.method, "fingerprint": record.plan.fingerprint, "latent_rms": errors}
+    said = [error if math.isfinite(error) else None for error in errors]  # JSON knows no infinity
+    found = {"method": record.plan.method, "fingerprint": record.plan.fingerprint, "latent_rms": said}
     return replace(better, provenance={**plan.provenance, "quantised": found})
 
 

@@ -199,6 +199,8 @@ class QuantPlan:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> QuantPlan:
         """Read :meth:`to_json`; PlanError where something is missing or malformed."""
+        if not isinstance(body, Mapping):
+            raise PlanError(f"a plan of formats is a table, got a {type(body).__name__}")
         body = {"attention": {}, **body}  # plans that were written before they had any
         if set(body) != {*KEYS, "attention"}:
             raise PlanError(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fewstep.errors import FewstepError
-from fewstep.quant.attention.install import remove
+from fewstep.quant.attention.install import paused, remove
 from fewstep.quant.plan import QuantPlan
 from fewstep.quant.sites import canonical, quantized_layers, sites
 
@@ -47,7 +47,7 @@ def unwrapped(module: Any) -> nn.Module:
 
 
 def check_untouched(model: nn.Module) -> None:
-    """Raises FewstepError for a network that is quantised already, or whose layers are offloaded one by one."""
+    """Raises FewstepError for a network that is quantised already, or whose layers are offloaded or cached one by one."""
     if layers := quantized_layers(model):
         raise FewstepError(f"{type(model).__name__} has {len(layers)} quantised layers already; dequantize_ it first")
     if getattr(model, RECORD, None) is not None:
@@ -55,6 +55,8 @@ def check_untouched(model: nn.Module) -> None:
     for site in sites(model):
         if getattr(site.module, "_hf_hook", None) is not None:
             raise FewstepError(f"{site.name} has an offload hook; quantise first, then enable offloading")
+        if "forward" in vars(site.module):
+            raise FewstepError(f"{site.name} has a hook around it, such as a cache's; quantise first, then put that on")
 
 
 @contextmanager
@@ -83,12 +85,16 @@ def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Modu
 
 @contextmanager
 def float_inside(model: nn.Module, record: Record) -> Iterator[None]:
-    """The float layers hang in the network itself inside, the quantised ones after."""
-    layers = swap(model, record.originals)
-    try:
-        yield
-    finally:
-        swap(model, layers)
+    """The network itself is the float one inside: its layers, its attentions, no correction. Quantised again after."""
+    from fewstep.quant.correction import without_correction
+
+    with without_correction(model):
+        layers = swap(model, record.originals)
+        try:
+            with paused(model):
+                yield
+        finally:
+            swap(model, layers)
 
 
 @contextmanager

@@ -53,8 +53,12 @@ def save(module: nn.Module, folder: str | Path, *, rest: Rest = "exact") -> Path
     tensors: dict[str, Tensor] = {}
     dtypes, eight = {}, {}
     buffers = {canonical(name) for name, _ in model.named_buffers()}
+    seen: set[int] = set()
     for name, value in _tensors(model):
-        kept, how = packed(name, value.detach().cpu(), rest, buffer=name in buffers)
+        array = value.detach().cpu()
+        array = array.clone() if array.data_ptr() in seen else array  # tied: one number under two names
+        seen.add(array.data_ptr())
+        kept, how = packed(name, array, rest, buffer=name in buffers)
         if how is not None:
             eight[name] = how
         if how is not None or kept[name].dtype != value.dtype:
@@ -98,6 +102,9 @@ def load_(module: nn.Module, folder: str | Path, *, backend: str = "auto") -> Qu
     check_untouched(model)
     path = Path(folder) / INDEX
     body = read_json(path, "QuantizedModel", required=_KEYS)
+    for key, kind, right in (("dtypes", dict, "a table"), ("layer_dtypes", dict, "a table"), ("names", list, "a list")):
+        if not isinstance(body[key], kind):
+            raise ArtifactError(f"{path}: {key} is {body[key]!r:.60}; it is {right}")
     try:
         plan = QuantPlan.from_json(body["plan"])
     except PlanError as error:
@@ -174,7 +181,8 @@ def _layers(
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    paths = {canonical(n): n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    paths = {canonical(name): name for name, _ in named}
     for key, value in tensors.items():
         parent, _, last = paths[key].rpartition(".")
         holder = model.get_submodule(parent)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.eval_fixtures import tiny_unet
+
 STEPS = 4
 
 
@@ -129,19 +131,12 @@ def _unet2d() -> nn.Module:
 
 def unet_condition(**options: Any) -> nn.Module:
     """UNet2DConditionModel as in Stable Diffusion: attention where the maps are large, none below."""
-    from diffusers import UNet2DConditionModel
-
-    given: dict[str, Any] = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
+    given = {
         "cross_attention_dim": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
-    return UNet2DConditionModel(**{**given, **options})
+    return tiny_unet(**{**given, **options})
 
 
 def _sdxl() -> nn.Module:

@@ -50,53 +50,73 @@ def _text_config(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def quiet(pipe: Any) -> Any:
+    """The pipeline, without its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_unet(**options: Any) -> Any:
+    """UNet2DConditionModel of two levels and 8 x 8 samples, with attention at the lower one unless the options say else."""
+    from diffusers import UNet2DConditionModel
+
+    given: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**{**given, **options}).eval()
+
+
+def tiny_vae(channels: int = 3, widths: tuple[int, ...] = (4, 8), **options: Any) -> Any:
+    """AutoencoderKL that halves images once for every width after the first."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        **options,
+    ).eval()
+
+
 def tiny_pipeline(seed: int = 0) -> Any:
     """A StableDiffusionPipeline of 1-channel 32 x 32 images with random weights: equal seeds, equal weights."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            cross_attention_dim=32,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )
-        vae = AutoencoderKL(
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(4, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-        )
+        unet = tiny_unet(cross_attention_dim=32)
+        vae = tiny_vae(1, (4, 8, 8))
         text_encoder = CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer)))
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        unet=unet.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return quiet(
+        StableDiffusionPipeline(
+            vae=vae,
+            unet=unet,
+            text_encoder=text_encoder.eval(),
+            tokenizer=tokenizer,
+            scheduler=DDIMScheduler(
+                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def tiny_dit(seed: int = 0) -> Any:
     """A DiTPipeline of 1-channel 16 x 16 images that knows the classes 0 "dress" (also "a dress") and 1 "bag"."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -111,19 +131,11 @@ def tiny_dit(seed: int = 0) -> Any:
             patch_size=2,
             num_embeds_ada_norm=1000,  # the pipeline's "no class" is 1000
         )
-        vae = AutoencoderKL(
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(4, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-        )
+        vae = tiny_vae(1, (4, 8, 8))
         for parameter in transformer.parameters():  # its last layer starts at zero, which no class would change
             nn.init.normal_(parameter, std=0.2)
     labels: Any = {0: "dress, a dress", 1: "bag"}
-    return _silent(DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False), id2label=labels))
+    return quiet(DiTPipeline(transformer.eval(), vae, DDIMScheduler(clip_sample=False), id2label=labels))
 
 
 def tiny_unconditional(kind: str = "DDPMPipeline", seed: int = 0) -> Any:
@@ -143,17 +155,12 @@ def tiny_unconditional(kind: str = "DDPMPipeline", seed: int = 0) -> Any:
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         )
-    return _silent(getattr(diffusers, kind)(unet.eval(), diffusers.DDPMScheduler()))
+    return quiet(getattr(diffusers, kind)(unet.eval(), diffusers.DDPMScheduler()))
 
 
 def tiny_sd3(seed: int = 0) -> Any:
     """A StableDiffusion3Pipeline of 1-channel 16 x 16 images without its third text encoder."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     tokenizer = tiny_tokenizer()
@@ -176,29 +183,13 @@ def tiny_sd3(seed: int = 0) -> Any:
             pooled_projection_dim=32,
             pos_embed_max_size=4,
         )
-        vae = AutoencoderKL(
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(4, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.0,
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-        )
-    return _silent(
+        vae = tiny_vae(1, (4, 8, 8), use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0)
+    return quiet(
         StableDiffusion3Pipeline(
-            transformer.eval(), FlowMatchEulerDiscreteScheduler(), vae.eval(), encoders[0], tokenizer, encoders[1],
+            transformer.eval(), FlowMatchEulerDiscreteScheduler(), vae, encoders[0], tokenizer, encoders[1],
             tokenizer, None, None,
         )
     )  # fmt: skip
-
-
-def _silent(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def tiny_clip(seed: int = 0) -> tuple[Any, Any]:

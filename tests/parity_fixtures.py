@@ -4,30 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.eval_fixtures import tiny_pipeline
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def embeds(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tiny_vae(latent_channels: int = 4, **options: Any) -> Any:
-    """AutoencoderKL that halves RGB images."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        latent_channels=latent_channels,
-        block_out_channels=(4, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        **options,
-    ).eval()
+from tests.eval_fixtures import quiet, tiny_pipeline, tiny_unet, tiny_vae
 
 
 def tiny_controlnet_pipeline() -> Any:
@@ -49,19 +26,12 @@ def tiny_controlnet_pipeline() -> Any:
 
 def tiny_sdxl_pipeline() -> Any:
     """StableDiffusionXLPipeline of 16 x 16 RGB images; prompts as embeddings of width 16, pooled 8."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=4,
+        unet = tiny_unet(
             cross_attention_dim=16,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=8 + 6 * 8,
@@ -74,7 +44,7 @@ def tiny_sdxl_pipeline() -> Any:
     return quiet(
         StableDiffusionXLPipeline(
             vae=vae,
-            unet=unet.eval(),
+            unet=unet,
             scheduler=scheduler,
             add_watermarker=False,
             force_zeros_for_empty_prompt=True,

@@ -4,22 +4,18 @@ from typing import Any
 
 import torch
 
+from tests.eval_fixtures import quiet, tiny_vae
+from tests.tensor_fixtures import generators
+
 
 def tiny_dit_pipeline(seed: int = 0) -> Any:
     """DiTPipeline of 16 x 16 RGB images: 8 x 8 latents, a learned variance, guidance as one batch of 2N."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+    from diffusers import DDIMScheduler, DiTPipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8),
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        )
-        pipe = DiTPipeline(tiny_dit(), vae.eval(), DDIMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        vae = tiny_vae()
+        return quiet(DiTPipeline(tiny_dit(), vae, DDIMScheduler(clip_sample=False)))
 
 
 def tiny_dit() -> Any:
@@ -52,19 +48,12 @@ def tiny_ddpm_pipeline(seed: int = 0) -> Any:
             down_block_types=("DownBlock2D",) * 2,
             up_block_types=("UpBlock2D",) * 2,
         )
-    pipe = DDPMPipeline(unet.eval(), DDPMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(DDPMPipeline(unet.eval(), DDPMScheduler()))
 
 
 def tiny_sd3_pipeline(seed: int = 0) -> Any:
     """StableDiffusion3Pipeline without text encoders, to be called with :func:`sd3_prompts`."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -81,27 +70,20 @@ def tiny_sd3_pipeline(seed: int = 0) -> Any:
             pooled_projection_dim=16,
             pos_embed_max_size=8,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8),
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            shift_factor=0.1,
-            scaling_factor=1.5,
+        vae = tiny_vae(shift_factor=0.1, scaling_factor=1.5)
+    return quiet(
+        StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            text_encoder_3=None,
+            tokenizer_3=None,
         )
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def sd3_prompts(count: int) -> dict[str, torch.Tensor]:
@@ -116,4 +98,4 @@ def sd3_prompts(count: int) -> dict[str, torch.Tensor]:
 
 
 def seeded(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return generators(*range(count))

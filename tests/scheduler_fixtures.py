@@ -2,9 +2,15 @@
 
 import torch
 
+from fewstep import samplers
 from tests.solver_fixtures import SD as SD
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+OURS = ("DDIM", "DPMSolver", "DEIS", "UniPC")
+
+
+def scheduler(name, config=SD, **options):
+    return getattr(samplers, f"{name}Scheduler").from_config(config, **options)
 
 
 def run(s, net, x, *args, begin=None, generator=None, **kwargs):
@@ -21,8 +27,17 @@ def run(s, net, x, *args, begin=None, generator=None, **kwargs):
     return x
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
+def run_with_the_same_noise(ours, theirs, net, x, steps, **options):
+    """The last samples of two schedulers that are given the same draws; ``options`` go to every step."""
+    for s in (ours, theirs):
+        s.set_timesteps(steps)
+    a = b = x
+    generator = torch.Generator().manual_seed(5)
+    for t in ours.timesteps:
+        z = torch.randn(x.shape, generator=generator)
+        a = ours.step(net(a, t), t, a, variance_noise=z, **options).prev_sample
+        b = theirs.step(net(b, t), t, b, variance_noise=z, **options).prev_sample
+    return a, b
 
 
 def smooth_network():

@@ -1,13 +1,16 @@
-"""What tests of solvers share: schedules, data whose flow is exact, grids whose start costs nothing, and comparisons."""
+"""What tests of solvers share: schedules, solvers, data whose flow is exact, grids whose start costs nothing, comparisons."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
-from fewstep.samplers import Grid, NoiseSchedule, sample
+from fewstep.samplers import DDIM, DEIS, DPMSolver, Executor, Grid, NoiseSchedule, Run, UniPC, sample
 from fewstep.samplers.schedule import EDM, Flow, alpha_sigma, f64
 from fewstep.samplers.testing import GaussianMixture
 
@@ -20,16 +23,42 @@ SCHEDULES = {
     "edm": EDM(),
     "flow": Flow(),
 }
+VP = SCHEDULES["vp"]
 FULL = {"lower_order_final": False}
 """Without the low orders at the end, which are first-order steps and would hide the order of the method."""
+DETERMINISTIC = (
+    DDIM(),
+    *(DPMSolver(order=2, solver_type=k, basis=b, **FULL) for k in ("midpoint", "heun") for b in ("data", "noise")),
+    *(DPMSolver(order=3, third_order=k, basis=b, **FULL) for k in ("exact", "as_published") for b in ("data", "noise")),
+    *(
+        UniPC(order=p, solver_type=k, basis=b, **FULL)
+        for p in (1, 2)
+        for k in ("bh1", "bh2")
+        for b in ("data", "noise")
+    ),
+    *(UniPC(order=p, basis=b, **FULL) for p in (3, 4) for b in ("data", "noise")),
+    *(DEIS(order=p, variable=k, **FULL) for p in (2, 3, 4) for k in ("lambda", "rho")),
+)
+STOCHASTIC = (
+    DDIM(eta=0.5),
+    DDIM(eta=1.0),
+    *(
+        DPMSolver(order=p, solver_type=k, eta=e, **FULL)
+        for p in (1, 2)
+        for k in ("midpoint", "heun")
+        for e in (0.5, 1.0)
+    ),
+    *(DPMSolver(order=3, third_order=k, eta=1.0, **FULL) for k in ("exact", "as_published")),
+)
 
 
-def points(lam, schedule=SCHEDULES["vp"]):
+def points(lam, schedule=VP):
     return Grid.lambdas(schedule, lam).points()
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def normal(*shape, seed=0, dtype=torch.float64):
+    """Drawn in float64 whatever the dtype, so that the numbers are the same but for their rounding."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def random_lambdas(n, seed, low=-2.0, high=2.5):
@@ -43,13 +72,15 @@ def raw_of(schedule, x0, eps, alpha, sigma):
     """What a network that knows x0 and eps answers; an independent copy of the definitions."""
     x = alpha * x0 + sigma * eps
     s = schedule.sigma_data
+    edm = (x0 - s**2 / (s**2 + sigma**2) * x) * torch.sqrt(s**2 + sigma**2) / (s * sigma)
     return {
-        "epsilon": lambda: eps,
-        "sample": lambda: x0,
-        "v_prediction": lambda: alpha * eps - sigma * x0,
-        "flow_prediction": lambda: eps - x0,
-        "edm": lambda: (x0 - s**2 / (s**2 + sigma**2) * x) * torch.sqrt(s**2 + sigma**2) / (s * sigma),
-    }[schedule.prediction]()
+        "epsilon": eps,
+        "sample": x0,
+        "v_prediction": alpha * eps - sigma * x0,
+        "flow_prediction": eps - x0,
+        "edm": edm,
+        "edm_v": -edm,
+    }[schedule.prediction]
 
 
 def grids(schedule, n):
@@ -115,7 +146,9 @@ def ends(family):
     return tuple(alpha_sigma(family, f64(v)) for v in (LOW, HIGH))
 
 
+@cache
 def problem(data, family):
+    """States at the noisier end, and where their flow ends."""
     (alpha, sigma), end = ends(family)
     if data is GAUSSIAN:
         x = alpha * (data.mu + data.s * normal(3, 12)) + sigma * normal(3, 12, seed=1)
@@ -129,10 +162,43 @@ def error_at(solver, schedule, data, lam, x, truth):
     return (sample(data.model(schedule), x / plan.init_scale, plan) - truth).square().mean().sqrt().item()
 
 
+def slope(solver, schedule, data, lambdas_of, counts=(64, 128)):
+    """The order that two numbers of steps show, on the lambdas that ``lambdas_of`` gives for each."""
+    x, truth = problem(data, schedule.family)
+    errors = [error_at(solver, schedule, data, lambdas_of(n), x, truth) for n in counts]
+    assert errors[1] > 1e-12, "above rounding, or the slope says nothing"
+    return math.log2(errors[0] / errors[1])
+
+
+def nonlinear(x, i):
+    """A network that no solver is exact on: what it answers at the i-th call."""
+    return torch.sin(3 * x) + 0.2 * i * x
+
+
+def run_eps(plan, x):
+    """The plan on a network whose eps is :func:`nonlinear`."""
+    executor, run = Executor(plan), Run()
+    for i in range(plan.steps):
+        x = executor.advance(run, nonlinear(x, i), x)
+    return x
+
+
+def in_threads(work, count):
+    """``work(k)`` for every k below ``count``, all in threads of their own at the same time; the results in order."""
+    together = threading.Barrier(count)
+
+    def started(k):
+        together.wait()
+        return work(k)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(started, range(count)))
+
+
 LAM = random_lambdas(9, seed=5)
 
 
-def assert_same_rows(a, b, schedule=SCHEDULES["vp"], lam=LAM):
+def assert_same_rows(a, b, schedule=VP, lam=LAM):
     """Equal coefficients: the linear systems of up to four uneven nodes lose at most three digits."""
     grid = Grid.lambdas(schedule, lam)
     p, q = a.compile(schedule, grid), b.compile(schedule, grid)

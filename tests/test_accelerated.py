@@ -8,9 +8,7 @@ import torch
 from fewstep.errors import FewstepError, GridError
 from fewstep.samplers import DDIM, AcceleratedDDIM, AcceleratedDDPM, Executor, Grid, Run, sample
 from fewstep.samplers.schedule import f64
-from tests.solver_fixtures import GAUSSIAN, LAM, SCHEDULES, normal, problem
-
-VP = SCHEDULES["vp"]
+from tests.solver_fixtures import GAUSSIAN, LAM, SCHEDULES, VP, normal, problem
 
 
 def score(x, i):

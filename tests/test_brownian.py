@@ -12,18 +12,15 @@ import torch
 
 from fewstep import samplers
 from fewstep.errors import FewstepError
-from fewstep.samplers import DDIM, BrownianPath, DPMSolver, Executor, Grid, NoiseSchedule, Run, brownian, sample
+from fewstep.samplers import DDIM, BrownianPath, DPMSolver, Executor, Grid, Run, brownian, sample
 from fewstep.samplers.schedule import EDM, Flow, f64
 from fewstep.samplers.testing import GaussianMixture
+from tests.executor_fixtures import MIXTURE
+from tests.solver_fixtures import SD, VP, normal
+from tests.tensor_fixtures import generators
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-VP = NoiseSchedule.from_config(SD)
 SDE = DPMSolver(order=1, eta=1.0, lower_order_final=False)
 LIKE = torch.zeros(1, 3, 5, dtype=torch.float64)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def clock(lam, rate=1.0):
@@ -142,7 +139,6 @@ def test_threads_share_a_path():
     assert not wrong
 
 
-MIXTURE = GaussianMixture.random(3, 4, seed=0)
 GAUSSIAN = GaussianMixture(normal(1, 32), f64([0.5]), f64([1.0]))
 """Linear, so that errors show their order at few steps."""
 TIMES = 2.0 ** torch.arange(3, 6)
@@ -239,24 +235,20 @@ def trajectory(scheduler, x, generators, steps, **kwargs):
     return x
 
 
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
-
-
 def test_a_scheduler_with_a_path_refines_and_depends_on_its_seeds_alone():
     x = normal(3, 4)
     scheduler = samplers.DPMSolverScheduler(**SD, algorithm_type="sde-dpmsolver++", solver_order=1, brownian=True)
     plain = samplers.DPMSolverScheduler(**SD, algorithm_type="sde-dpmsolver++", solver_order=1)
     errors = {}
     for which in (scheduler, plain):
-        fine = trajectory(which, x, seeded(1, 2, 3), 200)
-        errors[which] = [float((trajectory(which, x, seeded(1, 2, 3), n) - fine).norm()) for n in (12, 50)]
+        fine = trajectory(which, x, generators(1, 2, 3), 200)
+        errors[which] = [float((trajectory(which, x, generators(1, 2, 3), n) - fine).norm()) for n in (12, 50)]
     # strong order 1: a quarter of the error; between draws of independent noise there is no such thing
     assert errors[scheduler][1] < 0.5 * errors[scheduler][0]
     assert errors[plain][1] > 2 * errors[scheduler][1]
-    whole = trajectory(scheduler, x, seeded(1, 2, 3), 10)
-    assert torch.equal(trajectory(scheduler, x, seeded(1, 2, 3), 10), whole)
-    assert torch.allclose(trajectory(scheduler, x[1:2], seeded(2), 10), whole[1:2], rtol=1e-12)
+    whole = trajectory(scheduler, x, generators(1, 2, 3), 10)
+    assert torch.equal(trajectory(scheduler, x, generators(1, 2, 3), 10), whole)
+    assert torch.allclose(trajectory(scheduler, x[1:2], generators(2), 10), whole[1:2], rtol=1e-12)
     one = trajectory(scheduler, x, torch.Generator().manual_seed(0), 10)
     assert not torch.allclose(one[0] - whole[0], torch.zeros(4).double())
 
@@ -265,7 +257,7 @@ def test_given_noise_goes_before_the_path():
     x = normal(2, 4)
     make = lambda brownian: samplers.DDIMScheduler(**SD, eta=1.0, brownian=brownian)  # noqa: E731
     z = normal(2, 4, seed=5)
-    with_path, without = (trajectory(make(b), x, seeded(1, 2), 5, variance_noise=z) for b in (True, False))
+    with_path, without = (trajectory(make(b), x, generators(1, 2), 5, variance_noise=z) for b in (True, False))
     assert torch.equal(with_path, without)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from fewstep import caching
 from fewstep.errors import FewstepError
-from tests.caching_fixtures import TINY, decided, inputs_along, timesteps, trajectory
+from tests.caching_fixtures import TINY, decided, inputs_along, timesteps
 from tests.pipeline_fixtures import tiny_dit_pipeline
 
 STEPS, WARMUP = 12, 3

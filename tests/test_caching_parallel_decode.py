@@ -11,8 +11,8 @@ import torch
 from fewstep import caching, pipelines
 from fewstep.errors import FewstepError
 from tests.eval_fixtures import tiny_pipeline
+from tests.solver_fixtures import SD
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULERS = {
     "DDIMScheduler": {"clip_sample": False}, "EulerDiscreteScheduler": {}, "EulerAncestralDiscreteScheduler": {},
     "DPMSolverMultistepScheduler": {}, "HeunDiscreteScheduler": {}, "LMSDiscreteScheduler": {},

@@ -8,7 +8,7 @@ import torch
 
 from fewstep import samplers
 from fewstep.errors import ArtifactError, FewstepError, GridError
-from fewstep.samplers import DEIS, DCSolver, DPMSolver, Executor, Grid, HeavyBall, Run, UniPC, sample
+from fewstep.samplers import DEIS, DCSolver, DPMSolver, Grid, HeavyBall, UniPC, sample
 from fewstep.samplers.solvers.dc_solver import lagrange_basis, load_ratios, save_ratios
 from tests.solver_fixtures import (
     FULL,
@@ -17,14 +17,16 @@ from tests.solver_fixtures import (
     MIXTURE,
     SCHEDULES,
     SD,
+    VP,
     assert_same_rows,
     error_at,
+    nonlinear,
     normal,
     problem,
+    run_eps,
     starting_grid,
 )
 
-VP = SCHEDULES["vp"]
 RATIOS = (1.0, 1.0, 0.93, 1.08, 0.8, 1.2, 1.03, 0.97, 1.1)
 
 
@@ -77,17 +79,10 @@ def dc_loop(model, x, grid, ratios, k, corrected):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_rows_equal_the_published_loop(k, corrected):
     grid = Grid.lambdas(VP, LAM)
-
-    def nonlinear(x, i):
-        return torch.sin(3 * x) + 0.2 * i * x
-
     disabled = () if corrected else tuple(range(20))
     solver = DCSolver(UniPC(disable_corrector=disabled, **FULL), RATIOS, compensation_order=k)
-    plan = solver.compile(VP, grid)
-    executor, run = Executor(plan), Run()
-    x = start = normal(5)
-    for i in range(plan.steps):
-        x = executor.advance(run, nonlinear(x, i), x)
+    start = normal(5)
+    x = run_eps(solver.compile(VP, grid), start)
     expected = dc_loop(nonlinear, start, grid, RATIOS, k, corrected)
     # a Lipschitz constant of about 5 over 9 steps magnifies rounding by at most 1e4
     assert torch.allclose(x, expected, rtol=1e-11, atol=1e-11 * expected.abs().max().item())

@@ -1,7 +1,6 @@
 """DEIS in its three variables, LMS and iPNDM: integrals, weights, order, and parity with diffusers on the same grid."""
 
 import math
-from functools import cache
 from itertools import pairwise
 
 import diffusers
@@ -15,13 +14,14 @@ from fewstep.errors import FewstepError
 from fewstep.samplers import DEIS, IPNDM, LMS, DPMSolver, Executor, Grid, Run, sample
 from fewstep.samplers.schedule import ContinuousVP, f64
 from fewstep.samplers.solvers.deis import time_moments
-from tests.scheduler_fixtures import SD, relative, run, smooth_network
+from tests.scheduler_fixtures import SD, run, smooth_network
 from tests.solver_fixtures import (
     FULL,
     GAUSSIAN,
     LAM,
     MIXTURE,
     SCHEDULES,
+    VP,
     assert_same_result,
     assert_same_rows,
     error_at,
@@ -30,10 +30,12 @@ from tests.solver_fixtures import (
     points,
     problem,
     raw_of,
+    slope,
     starting_grid,
 )  # fmt: skip
+from tests.tensor_fixtures import relative
 
-VP, FLOW = SCHEDULES["vp"], SCHEDULES["flow"]
+FLOW = SCHEDULES["flow"]
 
 
 # -- tAB -----------------------------------------------------------------------------------------------------------------
@@ -120,18 +122,6 @@ def test_a_constant_output_is_solved_exactly(solver, name):
 
 
 # -- order ---------------------------------------------------------------------------------------------------------------
-@cache
-def solved(mixture, family):
-    return problem(MIXTURE if mixture else GAUSSIAN, family)
-
-
-def slope(solver, schedule, data, grid_of, counts=(64, 128)):
-    x, truth = solved(data is MIXTURE, schedule.family)
-    errors = [error_at(solver, schedule, data, grid_of(n), x, truth) for n in counts]
-    assert errors[1] > 1e-12, "above rounding, or the slope says nothing"
-    return math.log2(errors[0] / errors[1])
-
-
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("name", ["flow", "edm"])
 @pytest.mark.parametrize(
@@ -277,7 +267,7 @@ def test_schedulers_describe_their_solvers():
 
 def test_the_noise_basis_of_deis_differs_from_that_of_dpm_solver():
     """tAB, rho-AB and lambda are three methods: on one nonlinear problem no two agree, and all are near the solution."""
-    x, truth = solved(True, "vp")
+    x, truth = problem(MIXTURE, "vp")
     lam = starting_grid(24, True)
     errors = [
         error_at(s, VP, MIXTURE, lam, x, truth)

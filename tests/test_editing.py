@@ -9,10 +9,7 @@ from fewstep.errors import FewstepError
 from fewstep.pipelines.zoo import CLASSES, features
 from fewstep.samplers import Grid, NoiseSchedule
 from tests.eval_fixtures import tiny_pipeline
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+from tests.tensor_fixtures import generators
 
 
 def pictures(n, seed=0):

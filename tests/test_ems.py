@@ -1,7 +1,6 @@
 """DPM-Solver-v3: the published loop, its special cases, its order, plans with coefficients a dimension, statistics in files."""
 
 import math
-import threading
 
 import numpy as np
 import pytest
@@ -18,14 +17,16 @@ from tests.solver_fixtures import (
     MIXTURE,
     SCHEDULES,
     SD,
+    VP,
     assert_same_rows,
-    error_at,
+    in_threads,
+    nonlinear,
     normal,
-    problem,
+    run_eps,
+    slope,
     starting_grid,
 )
 
-VP = SCHEDULES["vp"]
 PLUS_PLUS, NOISE = ModelStatistics.constant(1.0, 0.0, 0.0), ModelStatistics.constant(0.0, -1.0, 0.0)
 
 
@@ -35,17 +36,6 @@ def smooth(shape=(), knots=41, low=-2.0, high=2.5):
     phase = torch.rand(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     at = lam.reshape(-1, *[1] * len(shape)) + phase
     return ModelStatistics(lam, 0.8 + 0.3 * torch.sin(at), -0.3 * torch.cos(1.3 * at), 0.4 * torch.sin(0.7 * at))
-
-
-def nonlinear(x, i):
-    return torch.sin(3 * x) + 0.2 * i * x
-
-
-def run_eps(plan, x):
-    executor, run = Executor(plan), Run()
-    for i in range(plan.steps):
-        x = executor.advance(run, nonlinear(x, i), x)
-    return x
 
 
 # -- the published algorithm, typed from its description -----------------------------------------------------------------
@@ -218,22 +208,18 @@ def test_global_order(options, name):
     """For statistics that no Gaussian has: the order is the polynomial's, whatever l, s and b."""
     solver = EMS(statistics=smooth(knots=3001), **options, **FULL)
     p = solver.convergence_order
-    x, truth = problem(GAUSSIAN, SCHEDULES[name].family)
     counts = (48, 96)
     first = 2e-7 if p > 1 else 0.5 / counts[0]
-    errors = [error_at(solver, SCHEDULES[name], GAUSSIAN, starting_grid(n, True, first), x, truth) for n in counts]
-    assert errors[1] > 1e-12
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(p, abs=0.25)
+    measured = slope(solver, SCHEDULES[name], GAUSSIAN, lambda n: starting_grid(n, True, first), counts)
+    assert measured == pytest.approx(p, abs=0.25)
 
 
 def test_pseudo_derivatives_leave_order_two():
     """Two-node derivatives are first-order accurate, and a pseudo corrector of a higher order adds nothing to that."""
-    x, truth = problem(GAUSSIAN, "vp")
     for options in ({"order": 3, "corrector": "pseudo"}, {"order": 3, "corrector": "none", "predictor_pseudo": True}):
         solver = EMS(statistics=smooth(knots=3001), **options, **FULL)
         assert solver.convergence_order == 2
-        errors = [error_at(solver, VP, GAUSSIAN, starting_grid(n, True), x, truth) for n in (128, 256)]
-        assert math.log2(errors[0] / errors[1]) > 1.75
+        assert slope(solver, VP, GAUSSIAN, lambda n: starting_grid(n, True), (128, 256)) > 1.75
 
 
 # -- coefficients a dimension --------------------------------------------------------------------------------------------
@@ -297,7 +283,7 @@ def test_shaped_plans_keep_the_dtype(dtype):
 
 def test_threads_share_a_shaped_plan():
     plan = shaped_plan()
-    executor, serial, results = Executor(plan), [], {}
+    executor = Executor(plan)
 
     def work(k):
         run, x = Run(), normal(4, 2, 3, seed=k).to(torch.float32 if k % 2 else torch.float64)
@@ -306,12 +292,7 @@ def test_threads_share_a_shaped_plan():
         return x
 
     serial = [work(k) for k in range(8)]
-    threads = [threading.Thread(target=lambda k=k: results.update({k: work(k)})) for k in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(results[k], serial[k]) for k in range(8))
+    assert all(torch.equal(a, b) for a, b in zip(in_threads(work, 8), serial, strict=True))
 
 
 def test_a_tail_of_a_shaped_plan_restarts_at_first_order():

@@ -1,7 +1,6 @@
 """Solvers in the velocity of a flow: Adams-Bashforth, Runge-Kutta, FlowTurbo and NeuralSolver, against their loops."""
 
 import math
-from functools import cache
 from itertools import pairwise
 
 import diffusers
@@ -15,19 +14,19 @@ from fewstep.samplers import DDIM, Executor, FlowSolver, FlowTurbo, Grid, Neural
 from fewstep.samplers.schedule import f64
 from fewstep.samplers.solvers.neural_tables import FLOW, VP
 from tests.scheduler_fixtures import FLOW as FLOW_CONFIG
-from tests.scheduler_fixtures import SD, relative, run
+from tests.scheduler_fixtures import SD, run
 from tests.solver_fixtures import (
     GAUSSIAN,
     HIGH,
     LOW,
     MIXTURE,
     SCHEDULES,
-    error_at,
     normal,
-    problem,
     raw_of,
+    slope,
     starting_grid,
 )  # fmt: skip
+from tests.tensor_fixtures import relative
 
 SCHEDULE = SCHEDULES["flow"]
 UNEVEN = [1.0, 0.85, 0.6, 0.55, 0.3, 0.2, 0.0]
@@ -173,18 +172,6 @@ def test_heun_equals_diffusers():
 
 
 # -- order ---------------------------------------------------------------------------------------------------------------
-@cache
-def solved(mixture):
-    return problem(MIXTURE if mixture else GAUSSIAN, "flow")
-
-
-def slope(solver, data, grid_of, counts=(48, 96)):
-    x, truth = solved(data is MIXTURE)
-    errors = [error_at(solver, SCHEDULE, data, grid_of(n), x, truth) for n in counts]
-    assert errors[1] > 1e-12, "above rounding, or the slope says nothing"
-    return math.log2(errors[0] / errors[1])
-
-
 def sigma_grid(n, *pattern):
     """Steps in sigma between the ends of the problem whose lengths follow ``pattern``."""
     steps = f64(list(pattern)).repeat(n // len(pattern) + 1)[:n]
@@ -198,21 +185,23 @@ def sigma_grid(n, *pattern):
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_adams_has_its_order(order, even):
     data = MIXTURE if even else GAUSSIAN
-    assert slope(FlowSolver(order=order), data, lambda n: starting_grid(n, even), (64, 128)) == pytest.approx(
+    assert slope(FlowSolver(order=order), SCHEDULE, data, lambda n: starting_grid(n, even), (64, 128)) == pytest.approx(
         order, abs=0.25
     )
 
 
 def test_equal_step_weights_are_of_first_order_where_steps_take_turns():
     equal = FlowSolver(order=2, weights="equal")
-    assert slope(equal, GAUSSIAN, lambda n: sigma_grid(n, 1.0)) == pytest.approx(2, abs=0.25)
-    assert slope(equal, GAUSSIAN, lambda n: sigma_grid(n, 2.0, 1.0), (96, 192)) == pytest.approx(1, abs=0.25)
-    assert slope(FlowSolver(order=2), GAUSSIAN, lambda n: sigma_grid(n, 2.0, 1.0)) == pytest.approx(2, abs=0.25)
+    assert slope(equal, SCHEDULE, GAUSSIAN, lambda n: sigma_grid(n, 1.0), (48, 96)) == pytest.approx(2, abs=0.25)
+    assert slope(equal, SCHEDULE, GAUSSIAN, lambda n: sigma_grid(n, 2.0, 1.0), (96, 192)) == pytest.approx(1, abs=0.25)
+    assert slope(FlowSolver(order=2), SCHEDULE, GAUSSIAN, lambda n: sigma_grid(n, 2.0, 1.0), (48, 96)) == pytest.approx(
+        2, abs=0.25
+    )
 
 
 @pytest.mark.parametrize("solver", [FlowTurbo(), FlowTurbo(heun=3), FlowTurbo(heun=2, correct_end=True)], ids=str)
 def test_flowturbo_is_of_second_order(solver):
-    assert slope(solver, MIXTURE, lambda n: sigma_grid(n, 1.0), (64, 128)) == pytest.approx(2, abs=0.25)
+    assert slope(solver, SCHEDULE, MIXTURE, lambda n: sigma_grid(n, 1.0), (64, 128)) == pytest.approx(2, abs=0.25)
 
 
 @pytest.mark.parametrize("pattern", [(1.0,), (2.0, 1.0, 1.0)])
@@ -220,7 +209,7 @@ def test_flowturbo_is_of_second_order(solver):
 def test_runge_kutta_has_its_order(method, pattern):
     solver = RungeKutta(method, basis="velocity")
     counts = (48, 96) if solver.convergence_order < 4 else (24, 48)
-    order = slope(solver, MIXTURE, lambda n: sigma_grid(n, *pattern), counts)
+    order = slope(solver, SCHEDULE, MIXTURE, lambda n: sigma_grid(n, *pattern), counts)
     assert order == pytest.approx(solver.convergence_order, abs=0.3)
 
 

@@ -2,24 +2,16 @@
 
 import math
 import random
-import threading
 
 import pytest
 import torch
 
 from fewstep.errors import FewstepError, GridError
-from fewstep.samplers import Executor, Grid, NoiseSchedule, Run
+from fewstep.samplers import Executor, Grid, Run
 from fewstep.samplers.capabilities import CAPABILITIES
-from fewstep.samplers.schedule import EDM, Flow
+from tests.solver_fixtures import SCHEDULES, VP, in_threads
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-SCHEDULES = {
-    "vp": NoiseSchedule.from_config(SD),
-    "vp-v": NoiseSchedule.from_config({**SD, "prediction_type": "v_prediction"}),
-    "zero-snr": NoiseSchedule.from_config({**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
-    "edm": EDM(),
-    "flow": Flow(),
-}
+NAMES = ("vp", "vp-v", "zero-snr", "edm", "flow")
 BUILDERS = {c.name: c for c in CAPABILITIES if c.families}
 """Those for given x_0 and noise; mean-reverting methods have schedules of their own."""
 UNSOUND = ("EMS", "AcceleratedDDIM", "AcceleratedDDPM", "NeuralSolver")
@@ -56,7 +48,7 @@ def compile_unless_restart_is_out_of_reach(builder, solver, schedule, grid):
         return None
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_random_grids_give_finite_and_sound_plans(builder, name):
     capability, schedule = BUILDERS[builder], SCHEDULES[name]
@@ -104,13 +96,8 @@ def test_eight_threads_share_a_plan(builder):
             x = executor.advance(run, torch.tanh(x), x, generator=generator)
         return x
 
-    serial, results = [work(seed) for seed in range(8)], {}
-    threads = [threading.Thread(target=lambda k=k: results.update({k: work(k)})) for k in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(results[k], serial[k]) for k in range(8))
+    serial = [work(seed) for seed in range(8)]
+    assert all(torch.equal(a, b) for a, b in zip(in_threads(work, 8), serial, strict=True))
     assert not torch.equal(serial[0], serial[1])
 
 
@@ -120,11 +107,10 @@ DIFFERENTIABLE = ("HeavyBall", "GHVB", "DCSolver", "USF", "AcceleratedDDIM", "Ac
 @pytest.mark.parametrize("builder", DIFFERENTIABLE)
 def test_coefficients_have_the_gradient_of_their_differences(builder):
     """d/dlambda of a weighted sum of a plan's numbers against central differences, off by h^2 = 1e-10 of a third derivative."""
-    schedule = SCHEDULES["vp"]
     lam = torch.linspace(-2.0, 2.0, 8, dtype=torch.float64) + 0.1 * torch.tensor([0, 1, -1, 1, 0, 1, -1, 0]).double()
 
     def total(lam, solver):
-        plan = solver.compile(schedule, Grid.lambdas(schedule, lam))
+        plan = solver.compile(VP, Grid.lambdas(VP, lam))
         parts = (plan.state, plan.output, plan.noise)
         return sum((v * torch.linspace(1, 2, v.numel(), dtype=torch.float64).reshape(v.shape)).sum() for v in parts)
 
@@ -140,4 +126,4 @@ def test_coefficients_have_the_gradient_of_their_differences(builder):
 
 def test_exact_duplicates_are_refused_for_every_builder_by_the_grid():
     with pytest.raises(FewstepError, match="repeats at index 2"):
-        Grid.lambdas(SCHEDULES["vp"], [-1.0, 0.5, 0.5, 2.0])
+        Grid.lambdas(VP, [-1.0, 0.5, 0.5, 2.0])

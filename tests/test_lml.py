@@ -7,16 +7,11 @@ import torch
 
 from fewstep import samplers
 from fewstep.errors import FewstepError
-from fewstep.samplers import LML, DPMSolver, Executor, Grid, NoiseSchedule, Run, sample
+from fewstep.samplers import LML, DPMSolver, Executor, Grid, Run, sample
 from fewstep.samplers.testing import GaussianMixture
+from tests.solver_fixtures import SD, VP, normal
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-SCHEDULE = NoiseSchedule.from_config(SD)
 DATA = GaussianMixture.random(3, 5, 0)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("damping", "kappa"), [(1e-4, 0.1), (0.3, 0.5), (10.0, 1.0)])
@@ -54,8 +49,8 @@ def test_its_limits():
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_run_is_the_loop_written_out(basis, order):
     """X_{i+1} = a X_i + LML(sum_j b_j m_j), the sum remembered as it was before the change."""
-    plan = DPMSolver(order=order, basis=basis).compile(SCHEDULE, Grid.karras(SCHEDULE, 6, terminal="sigma_min"))
-    model, lml, x = DATA.model(SCHEDULE), LML(0.2, 0.3), normal(4, 5)
+    plan = DPMSolver(order=order, basis=basis).compile(VP, Grid.karras(VP, 6, terminal="sigma_min"))
+    model, lml, x = DATA.model(VP), LML(0.2, 0.3), normal(4, 5)
     result = sample(model, x, plan, update=lml)
     outputs, previous = [], None
     x = x * plan.init_scale
@@ -71,7 +66,7 @@ def test_a_run_is_the_loop_written_out(basis, order):
 
 def test_noise_rows_get_their_noise_unchanged():
     """The change is to what the network says: with outputs that all agree the noise of the reverse SDE is all there is."""
-    plan = DPMSolver(order=1, eta=1.0).compile(SCHEDULE, Grid.karras(SCHEDULE, 3))
+    plan = DPMSolver(order=1, eta=1.0).compile(VP, Grid.karras(VP, 3))
     x, z = normal(1, 6), normal(1, 6, seed=4)
     states = []
     for update in (None, LML(0.5, 0.5)):
@@ -86,8 +81,8 @@ def test_noise_rows_get_their_noise_unchanged():
 
 
 def test_samples_and_runs_do_not_see_each_other():
-    plan = DPMSolver(order=2).compile(SCHEDULE, Grid.karras(SCHEDULE, 5))
-    model, x = DATA.model(SCHEDULE), normal(4, 5)
+    plan = DPMSolver(order=2).compile(VP, Grid.karras(VP, 5))
+    model, x = DATA.model(VP), normal(4, 5)
     whole = sample(model, x, plan, update=LML())
     for i in range(4):  # one pass more or less over a batch changes the order of no sum, but matrix kernels may differ
         assert torch.allclose(sample(model, x[i : i + 1], plan, update=LML()), whole[i : i + 1], rtol=1e-12, atol=1e-12)
@@ -95,7 +90,7 @@ def test_samples_and_runs_do_not_see_each_other():
 
 
 def test_the_scheduler_runs_it_and_forgets_it_between_runs():
-    model, x = DATA.model(SCHEDULE), normal(2, 5)
+    model, x = DATA.model(VP), normal(2, 5)
     scheduler = samplers.LMLScheduler.from_config(SD, lml_damping=0.2, lml_kappa=0.3, grid="karras")
     scheduler.set_timesteps(6)
     expected = sample(model, x, scheduler.plan, update=LML(0.2, 0.3))

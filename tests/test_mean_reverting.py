@@ -33,6 +33,7 @@ from fewstep.samplers import (
 from fewstep.samplers.reverting import MeanRevertingSDE, ResidualShift, thetas
 from fewstep.samplers.schedule import f64
 from fewstep.samplers.testing import GaussianMixture
+from tests.solver_fixtures import normal
 
 SDE = MeanRevertingSDE.from_thetas(thetas("cosine", 100), 0.4)
 SCHEDULES = {
@@ -51,10 +52,6 @@ SOLVERS = (
     DPMSolver(order=2, eta=1.0),
     Restart(DPMSolver(order=2), (RestartInterval(2, 1, 0.3, 0.8),)),
 )
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def model_around(mu, data, schedule):

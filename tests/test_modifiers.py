@@ -27,9 +27,7 @@ from fewstep.samplers import (
 from fewstep.samplers.reverting import MeanRevertingSDE, thetas
 from fewstep.samplers.schedule import alpha_sigma, f64
 from fewstep.samplers.testing import GaussianMixture
-from tests.solver_fixtures import MIXTURE, SCHEDULES, normal
-
-VP = SCHEDULES["vp"]
+from tests.solver_fixtures import MIXTURE, SCHEDULES, VP, normal
 
 
 # -- analytic first step -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from fewstep import samplers
 from fewstep.errors import FewstepError
-from fewstep.samplers import DEIS, GHVB, DPMSolver, Executor, Grid, HeavyBall, Run, UniPC, sample
+from fewstep.samplers import DEIS, GHVB, DPMSolver, Grid, HeavyBall, UniPC, sample
 from fewstep.samplers.schedule import EDM, f64
 from fewstep.samplers.solvers.ghvb import published_weights
 from fewstep.samplers.solvers.ipndm import IPNDM
@@ -22,28 +22,17 @@ from tests.solver_fixtures import (
     MIXTURE,
     SCHEDULES,
     SD,
+    VP,
     assert_same_rows,
-    error_at,
+    nonlinear,
     normal,
     points,
-    problem,
+    run_eps,
+    slope,
     starting_grid,
 )  # fmt: skip
 
-VP = SCHEDULES["vp"]
 AB = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
-
-
-def nonlinear(x, i):
-    return torch.sin(3 * x) + 0.2 * i * x
-
-
-def run_eps(plan, x):
-    """The plan on a network whose eps is :func:`nonlinear`."""
-    executor, run = Executor(plan), Run()
-    for i in range(plan.steps):
-        x = executor.advance(run, nonlinear(x, i), x)
-    return x
 
 
 # -- the filters are the published loops ---------------------------------------------------------------------------------
@@ -176,14 +165,12 @@ def test_exact_rows_are_exact_for_polynomials(order, basis, variable):
     ids=str,
 )  # fmt: skip
 def test_global_order(solver, data, name):
-    """Slope on uneven grids whose first steps are tiny, as in tests/test_solvers.py: GHVB keeps its order, HB has 1."""
+    """Slope on uneven grids whose first steps are tiny, as in tests/test_solver_order.py: GHVB keeps its order, HB has 1."""
     p = solver.convergence_order
-    x, truth = problem(data, SCHEDULES[name].family)
     counts = (64, 128) if p > 1 else (128, 256)
     first = 2e-7 if p > 1 else 0.5 / counts[0]
-    errors = [error_at(solver, SCHEDULES[name], data, starting_grid(n, False, first), x, truth) for n in counts]
-    assert errors[1] > 1e-12
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(p, abs=0.25)
+    measured = slope(solver, SCHEDULES[name], data, lambda n: starting_grid(n, False, first), counts)
+    assert measured == pytest.approx(p, abs=0.25)
 
 
 def test_published_weights_keep_the_order_on_equal_steps_only():

@@ -7,35 +7,18 @@ import torch
 
 from fewstep import pipelines, samplers
 from fewstep.errors import FewstepError
-from fewstep.samplers import DDIM, BrownianPath, DPMSolver, Grid, NoiseSchedule, UniPC, sample, sample_parallel
+from fewstep.samplers import DDIM, BrownianPath, DPMSolver, Grid, UniPC, sample, sample_parallel
 from fewstep.samplers.capabilities import CAPABILITIES
 from fewstep.samplers.convert import Clip
 from fewstep.samplers.reverting import MeanRevertingSDE
-from fewstep.samplers.schedule import EDM, Flow
-from fewstep.samplers.testing import GaussianMixture
+from fewstep.samplers.schedule import Flow
 from tests.eval_fixtures import tiny_pipeline
+from tests.executor_fixtures import BY_PREDICTION, MIXTURE, SDE
+from tests.solver_fixtures import VP, normal
+from tests.tensor_fixtures import generators
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-VP = NoiseSchedule.from_config(SD)
-SCHEDULES = {
-    "epsilon": VP,
-    "v_prediction": NoiseSchedule.from_config({**SD, "prediction_type": "v_prediction"}),
-    "sample": NoiseSchedule.from_config({**SD, "prediction_type": "sample"}),
-    "flow_prediction": Flow(),
-    "edm": EDM(),
-}
-MIXTURE = GaussianMixture.random(3, 4, seed=0)
-SDE = DPMSolver(order=2, eta=1.0)
 MEAN_REVERTING = MeanRevertingSDE.from_thetas([0.01 * i for i in range(1, 101)])
 VARIANTS = [variant for capability in CAPABILITIES for variant in capability.variants]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def models(schedule):
@@ -78,15 +61,15 @@ def test_no_tolerance_gives_the_sequential_result_for_every_builder(solver):
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, None])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", BY_PREDICTION)
 def test_every_prediction_type_and_window(name, window):
-    schedule = SCHEDULES[name]
+    schedule = BY_PREDICTION[name]
     sequential, batched = models(schedule)
     for solver in (UniPC(order=3), SDE):
         plan = solver.compile(schedule, grid_of(schedule, 9))
         x = normal(2, 4)
-        expected = sample(sequential, x, plan, generator=seeded(1, 2))
-        got = sample_parallel(batched, x, plan, window=window, tolerance=0, generator=seeded(1, 2))
+        expected = sample(sequential, x, plan, generator=generators(1, 2))
+        got = sample_parallel(batched, x, plan, window=window, tolerance=0, generator=generators(1, 2))
         assert close(got.sample, expected)
         assert got.rounds == 9 if window == 1 else got.rounds <= 9
 
@@ -117,23 +100,23 @@ def test_noise_is_drawn_as_in_a_sequential_run():
     """One generator a sample is left where the sequential run leaves it: every row drew once, in order."""
     sequential, batched = models(VP)
     plan = SDE.compile(VP, grid_of(VP, 8))
-    x, ours, theirs = normal(2, 4), seeded(1, 2), seeded(1, 2)
+    x, ours, theirs = normal(2, 4), generators(1, 2), generators(1, 2)
     got = sample_parallel(batched, x, plan, window=5, tolerance=0.01, generator=ours)
     expected = sample(sequential, x, plan, generator=theirs)
     assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, theirs, strict=True))
     assert (got.sample - expected).square().mean().sqrt() < 0.1  # of what independent noise would make of it
-    assert (sample(sequential, x, plan, generator=seeded(3, 4)) - expected).square().mean().sqrt() > 0.1
+    assert (sample(sequential, x, plan, generator=generators(3, 4)) - expected).square().mean().sqrt() > 0.1
 
 
 # -- fewer rounds ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "spread"), [*((name, None) for name in SCHEDULES), ("epsilon", 0.3), ("epsilon", 3.0)]
+    ("name", "spread"), [*((name, None) for name in BY_PREDICTION), ("epsilon", 0.3), ("epsilon", 3.0)]
 )
 def test_a_third_of_the_rounds_at_the_solvers_own_error(name, spread):
     """The tolerance is a tenth of what 40 steps of the first-order solver are wrong by; what the parallel run then adds
     stays below that error, because a state that moved by less than the tolerance changes those after it by a multiple
     near 1 of it: the flow of this mixture contracts, and the iteration's next correction is smaller still."""
-    schedule = SCHEDULES[name]
+    schedule = BY_PREDICTION[name]
     sequential, batched = models(schedule)
     grid = grid_of(schedule, 40)
     plan = DDIM().compile(schedule, grid)
@@ -186,9 +169,9 @@ def test_a_sample_does_not_depend_on_its_batch():
     _, batched = models(VP)
     plan = SDE.compile(VP, grid_of(VP, 12))
     x = normal(3, 4)
-    whole = sample_parallel(batched, x, plan, window=4, tolerance=0.03, generator=seeded(1, 2, 3))
+    whole = sample_parallel(batched, x, plan, window=4, tolerance=0.03, generator=generators(1, 2, 3))
     for i in range(3):
-        alone = sample_parallel(batched, x[i : i + 1], plan, window=4, tolerance=0.03, generator=seeded(i + 1))
+        alone = sample_parallel(batched, x[i : i + 1], plan, window=4, tolerance=0.03, generator=generators(i + 1))
         assert torch.equal(alone.sample, whole.sample[i : i + 1])
         assert alone.evaluations == whole.evaluations[i : i + 1]
         assert alone.rounds <= whole.rounds
@@ -230,7 +213,7 @@ def test_a_network_that_fails_ends_the_run_like_a_sequential_one():
         ({"tolerance": float("nan")}, "tolerance=nan"),
         ({"spread": 0.0}, "spread=0"),
         ({"generator": torch.Generator()}, "one generator was given for a batch of 2"),
-        ({"generator": seeded(1, 2, 3)}, "3 generators were given for a batch of 2"),
+        ({"generator": generators(1, 2, 3)}, "3 generators were given for a batch of 2"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong, match):
@@ -263,9 +246,9 @@ def test_the_pipelines_own_images(pipe, name, options, guidance):
     """The denoiser's float32 sums depend on the batch: 1e-4 relative, as between batch sizes of one pipeline."""
     pipe.scheduler = getattr(samplers, f"{name}Scheduler").from_config(pipe.scheduler.config, **options)
     call = {"num_inference_steps": 6, "guidance_scale": guidance, "num_images_per_prompt": 2, "output_type": "pt"}
-    expected = pipe(["a dress", "a bag"], generator=seeded(1, 2, 3, 4), **call).images
+    expected = pipe(["a dress", "a bag"], generator=generators(1, 2, 3, 4), **call).images
     got = pipelines.generate_parallel(
-        pipe, ["a dress", "a bag"], generator=seeded(1, 2, 3, 4), window=3, tolerance=0, **call
+        pipe, ["a dress", "a bag"], generator=generators(1, 2, 3, 4), window=3, tolerance=0, **call
     )
     assert got.images.shape == expected.shape
     assert (got.images - expected).norm() / expected.norm() < 1e-4

@@ -13,10 +13,8 @@ import torch
 from fewstep.errors import FewstepError
 from fewstep.samplers.capabilities import CAPABILITIES
 from fewstep.samplers.specs import make_scheduler, scheduler_names
-from tests.eval_fixtures import tiny_pipeline
+from tests.eval_fixtures import quiet, tiny_pipeline
 from tests.parity_fixtures import (
-    embeds,
-    quiet,
     tiny_controlnet_pipeline,
     tiny_flux_pipeline,
     tiny_pixart_pipeline,
@@ -24,6 +22,7 @@ from tests.parity_fixtures import (
     tiny_wan_pipeline,
 )
 from tests.pipeline_fixtures import sd3_prompts, seeded, tiny_dit_pipeline, tiny_sd3_pipeline
+from tests.tensor_fixtures import noise, relative
 
 IMAGE = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(4))
 MASK = torch.zeros(1, 1, 32, 32)
@@ -78,8 +77,8 @@ CASES = {
     "SDXL": Case(
         tiny_sdxl_pipeline,
         {
-            "prompt_embeds": embeds(1, 3, 16), "pooled_prompt_embeds": embeds(1, 8),
-            "negative_prompt_embeds": embeds(1, 3, 16, seed=2), "negative_pooled_prompt_embeds": embeds(1, 8, seed=2),
+            "prompt_embeds": noise(1, 3, 16), "pooled_prompt_embeds": noise(1, 8),
+            "negative_prompt_embeds": noise(1, 3, 16, seed=2), "negative_pooled_prompt_embeds": noise(1, 8, seed=2),
             **BY_EMBEDDING,
         },
         (2, 3, 16, 16),
@@ -88,8 +87,8 @@ CASES = {
     "PixArt": Case(
         tiny_pixart_pipeline,
         {
-            "prompt_embeds": embeds(1, 3, 12), "prompt_attention_mask": torch.ones(1, 3), "negative_prompt": None,
-            "negative_prompt_embeds": embeds(1, 3, 12, seed=2), "negative_prompt_attention_mask": torch.ones(1, 3),
+            "prompt_embeds": noise(1, 3, 12), "prompt_attention_mask": torch.ones(1, 3), "negative_prompt": None,
+            "negative_prompt_embeds": noise(1, 3, 12, seed=2), "negative_prompt_attention_mask": torch.ones(1, 3),
             "use_resolution_binning": False, **BY_EMBEDDING,
         },
         (2, 3, 16, 16), callback=False,
@@ -98,13 +97,13 @@ CASES = {
         tiny_sd3_pipeline, {**sd3_prompts(2), "height": 16, "width": 16}, (2, 3, 16, 16), family="flow", twins=("DDIM",)
     ),
     "Flux": Case(
-        tiny_flux_pipeline, {"prompt_embeds": embeds(1, 3, 16), "pooled_prompt_embeds": embeds(1, 8), **BY_EMBEDDING},
+        tiny_flux_pipeline, {"prompt_embeds": noise(1, 3, 16), "pooled_prompt_embeds": noise(1, 8), **BY_EMBEDDING},
         (2, 3, 16, 16), family="flow", twins=("DDIM",),
     ),
     "Wan": Case(
         tiny_wan_pipeline,
         {
-            "prompt_embeds": embeds(1, 3, 16), "negative_prompt_embeds": embeds(1, 3, 16, seed=2), "height": 16, "width": 16,
+            "prompt_embeds": noise(1, 3, 16), "negative_prompt_embeds": noise(1, 3, 16, seed=2), "height": 16, "width": 16,
             "num_frames": 5, "num_videos_per_prompt": 2,
         },
         (2, 5, 3, 16, 16), family="flow", twins=("DDIM",),
@@ -123,10 +122,6 @@ def built(case: str) -> tuple[Any, Any]:
     """The pipeline and the scheduler config that it came with."""
     pipe = CASES[case].make()
     return pipe, pipe.scheduler.config
-
-
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def runs(name: str, family: str) -> bool:
@@ -162,7 +157,7 @@ def test_every_scheduler_in_every_pipeline(case, name):
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case, given in CASES.items() for name in given.twins])
 def test_the_pictures_of_diffusers_own_scheduler(case, name):
     """Their float32 coefficients against our float64 ones, through a network of random weights: 1e-3 of the latents' norm
-    (test_schedulers holds the step itself to 1e-4)."""
+    (test_scheduler_parity holds the step itself to 1e-4)."""
     given, (pipe, config) = CASES[case], built(case)
     latents = {"output_type": "latent"} if case != "DiT" else {}
     if (

@@ -13,9 +13,8 @@ from fewstep.errors import ArtifactError, PlanError
 from fewstep.samplers import DDIM, DEIS, DPMSolver, Executor, Grid, NoiseSchedule, Run, SolverPlan, UniPC, sample
 from fewstep.samplers.schedule import EDM, Flow, f64
 from fewstep.samplers.testing import GaussianMixture
+from tests.solver_fixtures import FULL, VP, normal
 
-VP = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
-FULL = {"lower_order_final": False}
 ARRAYS = ("state", "output", "noise", "constant", "alpha", "sigma", "model_time", "in_scale", "evaluate")
 SOLVERS = (
     DDIM(), DDIM(eta=1.0), DPMSolver(order=2), DPMSolver(order=3, eta=1.0), DPMSolver(order=3, basis="noise", **FULL),
@@ -26,10 +25,6 @@ SOLVERS = (
 @pytest.fixture
 def plan():
     return UniPC(order=3).compile(VP, Grid.karras(VP, 6))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def changed(values, index, value):

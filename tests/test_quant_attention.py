@@ -14,6 +14,8 @@ from fewstep.quant.attention import AttentionPlan, quantized_attention
 from fewstep.quant.attention.install import attentions, problem_of
 from fewstep.quant.formats import E4M3
 from tests.eval_fixtures import tiny_dit, tiny_pipeline, tiny_sd3
+from tests.quant_fixtures import tiny_flux
+from tests.tensor_fixtures import relative
 
 
 def qkv(tokens=150, keys=90, dim=40, seed=0):
@@ -21,10 +23,6 @@ def qkv(tokens=150, keys=90, dim=40, seed=0):
     q = torch.randn(2, 3, tokens, dim, generator=generator)
     k = torch.randn(2, 3, keys, dim, generator=generator) + 4 * torch.randn(1, 3, 1, dim, generator=generator)
     return q, k, torch.randn(2, 3, keys, dim, generator=generator)
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def written_out(q, k, v, plan, mask=None):
@@ -110,15 +108,7 @@ def sd3():
 
 
 def flux():
-    from diffusers import FluxTransformer2DModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = FluxTransformer2DModel(
-            patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
-        ).eval()  # fmt: skip
-    return model, {
+    return tiny_flux(), {
         "hidden_states": noise(1, 16, 4), "encoder_hidden_states": noise(1, 8, 32), "pooled_projections": noise(1, 32),
         "timestep": torch.tensor([0.5]), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3),
     }  # fmt: skip

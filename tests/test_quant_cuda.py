@@ -21,6 +21,8 @@ from fewstep.quant.kernels.cuda import compiler
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays, quant_layer
 from tests.memory_fixtures import guard_what_is_allocated, guarded
+from tests.quant_fixtures import refused
+from tests.tensor_fixtures import noise
 
 U = 2.0**-24
 needs_compiler = pytest.mark.skipif(
@@ -34,10 +36,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def words(*shape, seed=0):
@@ -203,13 +201,6 @@ def test_what_runs_where(monkeypatch):
     assert cuda.supported((8, 0), "w4a4") == (False, "nvcc is not found: install the CUDA toolkit or set CUDA_HOME")
     with pytest.raises(FewstepError, match="CUDA_HOME"):
         cuda.build("w4a4", (8, 0))
-
-
-def refused(call, *words):
-    with pytest.raises(FewstepError) as error:
-        call()
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_refusals_name_what_is_wrong():

@@ -16,16 +16,13 @@ from fewstep.quant.formats import Format
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers import QuantConv2d, QuantLinear
 from fewstep.quant.layers.build import build, layer_arrays, quant_layer, unbuild
+from tests.tensor_fixtures import generator, relative
 
 FORMATS = [
     ("int8:row", "int8:row"), ("int7:row", "zint8:row"), ("int4:row", "int8:row"), ("int8:row", "int4:row"),
     ("int8:tensor", "int8:row"), ("int4:g64", "int4:g64"), ("int4:g64", "int8:row"), ("fp8", "fp8"),
     ("e4m3:tensor", "e4m3:tensor"), ("nvfp4", "nvfp4"), ("mxfp8", "mxfp8"), ("bin2:g64", "int8:row"), ("int4:g64", None),
 ]  # fmt: skip
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def linear(k=128, n=48, bias=True, seed=0):
@@ -40,13 +37,9 @@ def conv(c=64, n=48, seed=0, **geometry):
         return nn.Conv2d(c, n, 3, **({"padding": 1} | geometry)).requires_grad_(False)
 
 
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
 @pytest.mark.parametrize(("weight", "activation"), FORMATS)
 def test_a_linear_layer_is_its_formula_in_float64(weight, activation):
-    layer, x = linear(), torch.randn(3, 20, 128, generator=seeded())
+    layer, x = linear(), torch.randn(3, 20, 128, generator=generator())
     made = build(layer, LayerPlan(weight, activation))
     w = Format.parse(weight).round(layer.weight).double()
     flat = x.reshape(-1, 128)
@@ -63,7 +56,7 @@ def test_a_linear_layer_is_its_formula_in_float64(weight, activation):
 )
 @pytest.mark.parametrize(("weight", "activation"), [f for f in FORMATS if f[0] != "e4m3:tensor"])
 def test_a_convolution_is_its_formula_in_float64(weight, activation, geometry):
-    layer, x = conv(**geometry), torch.randn(3, 64, 7, 9, generator=seeded()) + 0.3
+    layer, x = conv(**geometry), torch.randn(3, 64, 7, 9, generator=generator()) + 0.3
     made = build(layer, LayerPlan(weight, activation))
     matrix = layer.weight.permute(0, 2, 3, 1).reshape(48, -1)
     w = Format.parse(weight).round(matrix).reshape(48, 3, 3, 64).permute(0, 3, 1, 2).double()
@@ -80,7 +73,7 @@ def test_a_convolution_is_its_formula_in_float64(weight, activation, geometry):
 @pytest.mark.parametrize("pad", [[0, 0], [1, 2]])
 @pytest.mark.parametrize("kind", ["far apart", "positive", "negative", "zeros", "channels last"])
 def test_onednns_codes_of_images_are_the_formats_bit_for_bit(kind, pad):
-    x = torch.randn(2, 8, 5, 7, generator=seeded(11))
+    x = torch.randn(2, 8, 5, 7, generator=generator(11))
     x = {
         "far apart": x * torch.tensor([1.0, 100.0])[:, None, None, None], "positive": x.abs() + 1, "negative": -x.abs(),
         "zeros": x * 0, "channels last": x.to(memory_format=torch.channels_last),
@@ -94,16 +87,16 @@ def test_onednns_codes_of_images_are_the_formats_bit_for_bit(kind, pad):
 
 
 def test_the_image_of_a_sample_does_not_depend_on_its_batch():
-    layer, x = build(conv(), LayerPlan("int8:row", "zint8:row")), torch.randn(3, 64, 5, 5, generator=seeded(1))
+    layer, x = build(conv(), LayerPlan("int8:row", "zint8:row")), torch.randn(3, 64, 5, 5, generator=generator(1))
     x[1] *= 100
     alone = torch.cat([layer(x[i : i + 1]) for i in range(3)])
     assert torch.equal(layer(x), alone)
 
 
 def test_smoothing_branch_and_shift_cancel_but_for_rounding():
-    layer, x = linear(), torch.randn(20, 128, generator=seeded(2)).abs()
-    smooth = torch.rand(128, generator=seeded(3)) + 0.5
-    branch = (torch.randn(4, 128, generator=seeded(4)) / 11, torch.randn(48, 4, generator=seeded(5)) / 2)
+    layer, x = linear(), torch.randn(20, 128, generator=generator(2)).abs()
+    smooth = torch.rand(128, generator=generator(3)) + 0.5
+    branch = (torch.randn(4, 128, generator=generator(4)) / 11, torch.randn(48, 4, generator=generator(5)) / 2)
     plan = LayerPlan("int8:g8", "uint8:g8", rank=4, smooth=True, shift=0.25)
     made = quant_layer(layer, plan, layer_arrays(layer, plan, smooth=smooth, branch=branch))
     left = layer.weight * smooth - branch[1] @ branch[0]
@@ -119,8 +112,8 @@ def test_smoothing_branch_and_shift_cancel_but_for_rounding():
 
 
 def test_a_convolution_takes_smoothing_and_a_branch():
-    layer, x = conv(), torch.randn(2, 64, 6, 6, generator=seeded(6))
-    smooth = torch.rand(64, generator=seeded(7)) + 0.5
+    layer, x = conv(), torch.randn(2, 64, 6, 6, generator=generator(6))
+    smooth = torch.rand(64, generator=generator(7)) + 0.5
     matrix = layer.weight.permute(0, 2, 3, 1).reshape(48, -1) * smooth.repeat(9)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     plan = LayerPlan("int8:row", "int8:row", rank=8, smooth=True)
@@ -133,19 +126,19 @@ def test_a_convolution_takes_smoothing_and_a_branch():
 
 
 def test_split_parts_have_scales_of_their_own():
-    layer, x = conv(), torch.randn(2, 64, 6, 6, generator=seeded(8))
+    layer, x = conv(), torch.randn(2, 64, 6, 6, generator=generator(8))
     x[:, 24:] *= 50
     layer.weight[:, 24:] /= 50
     whole, split = (build(layer, LayerPlan("int4:row", "int8:row", splits=s)) for s in ((), (24,)))
     assert relative(split(x), layer(x)) < 0.6 * relative(whole(x), layer(x))
-    lin, z = linear(), torch.randn(4, 128, generator=seeded(9))
+    lin, z = linear(), torch.randn(4, 128, generator=generator(9))
     parts = build(lin, LayerPlan("int8:row", "int8:row", splits=(32, 96)))
     assert relative(parts(z), lin(z)) < 0.02
     assert unbuild(parts).weight.shape == lin.weight.shape
 
 
 def test_the_first_token_is_what_was_stored():
-    layer, x = linear(), torch.randn(2, 7, 128, generator=seeded(10))
+    layer, x = linear(), torch.randn(2, 7, 128, generator=generator(10))
     plan = LayerPlan("int4:g64", "int4:g64", first_token=True)
     made = quant_layer(layer, plan, layer_arrays(layer, plan, extra={"first": torch.arange(48.0)}))
     assert torch.equal(made(x)[:, 0], torch.arange(48.0).expand(2, 48))
@@ -170,18 +163,18 @@ def test_other_dtypes_keep_codes_and_scales(dtype):
 @pytest.mark.parametrize(("weight", "activation"), FORMATS)
 def test_inputs_may_lie_in_memory_in_any_order(weight, activation):
     made = build(linear(), LayerPlan(weight, activation))
-    x = torch.randn(1, 128, 20, generator=seeded(16)).transpose(1, 2)  # as a UNet's transformer hands pixels on
+    x = torch.randn(1, 128, 20, generator=generator(16)).transpose(1, 2)  # as a UNet's transformer hands pixels on
     assert not x.is_contiguous()
     assert relative(made(x), made(x.contiguous())) < 1e-6
     folded = build(conv(), LayerPlan(weight, activation)) if weight != "e4m3:tensor" else None
     if folded is not None:
-        images = torch.randn(2, 64, 5, 7, generator=seeded(17))
+        images = torch.randn(2, 64, 5, 7, generator=generator(17))
         assert relative(folded(images.to(memory_format=torch.channels_last)), folded(images)) < 1e-6
 
 
 def test_layers_copy_pickle_and_load_after_they_ran():
     made = build(linear(), LayerPlan("int8:row", "int8:row"))
-    x = torch.randn(4, 128, generator=seeded(11))
+    x = torch.randn(4, 128, generator=generator(11))
     expected = made(x)
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(twin(x), expected)
@@ -207,7 +200,7 @@ def test_layers_are_what_they_replace_for_code_that_asks():
 
 def test_a_graph_compiler_sees_through_a_layer():
     made = build(linear(), LayerPlan("int8:row", "int8:row"))
-    x = torch.randn(4, 128, generator=seeded(12))
+    x = torch.randn(4, 128, generator=generator(12))
     expected = made(x)
     compiled = torch.compile(made, backend="eager", fullgraph=True)
     assert relative(compiled(x), expected) < 1e-6
@@ -226,8 +219,8 @@ def usable():
 @pytest.mark.parametrize("shape", [(1, 16, 64), (33, 80, 256), (128, 128, 512)])
 def test_every_backend_is_the_reference_on_the_same_codes(row, shape):
     m, n, k = shape
-    a = Format.parse(row.activation).encode(torch.randn(m, k, generator=seeded(13)).to(row.device))
-    b = Format.parse(row.weight).encode(torch.randn(n, k, generator=seeded(14)).to(row.device))
+    a = Format.parse(row.activation).encode(torch.randn(m, k, generator=generator(13)).to(row.device))
+    b = Format.parse(row.weight).encode(torch.randn(n, k, generator=generator(14)).to(row.device))
     got = kernels.matmul(a, b, row.backend).cpu()
     exact = a.decode().cpu().double() @ b.decode().cpu().double().T
     bound = a.decode().cpu().double().abs() @ b.decode().cpu().double().abs().T * k * 2.0**-24
@@ -323,6 +316,6 @@ def test_layer_plans_round_trip_as_json():
 
 
 def test_the_reference_is_what_conv2d_makes_of_decoded_numbers():
-    layer, x = conv(), torch.randn(2, 64, 5, 5, generator=seeded(15))
+    layer, x = conv(), torch.randn(2, 64, 5, 5, generator=generator(15))
     made = build(layer, LayerPlan("int4:g64"))
     assert relative(made(x), F.conv2d(x, made.weight, layer.bias, padding=1)) < 1e-6

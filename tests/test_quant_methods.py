@@ -22,10 +22,7 @@ from fewstep.quant.methods.svdquant import GELU_SHIFT, SVDQuant, after_gelu, tru
 from fewstep.quant.methods.trial import Trial
 from fewstep.quant.sites import Site
 from tests.eval_fixtures import PROMPTS, tiny_dit, tiny_pipeline
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.tensor_fixtures import generator
 
 
 def layer(kind="linear", seed=0):
@@ -38,7 +35,7 @@ def layer(kind="linear", seed=0):
 def outliers(kind="linear", seed=1):
     """Inputs of which a few channels are fifty times as large, as in diffusion transformers."""
     shape = (256, 128) if kind == "linear" else (6, 32, 8, 8)
-    x = torch.randn(shape, generator=seeded(seed))
+    x = torch.randn(shape, generator=generator(seed))
     x[:, ::17] *= 50
     return x
 
@@ -46,7 +43,7 @@ def outliers(kind="linear", seed=1):
 def correlated(kind="linear"):
     """Outliers mixed over the channels: what rounding one weight does wrong, another can undo."""
     x, n = outliers(kind), 128 if kind == "linear" else 32
-    mix = torch.randn(n, n, generator=seeded(8)) / 8
+    mix = torch.randn(n, n, generator=generator(8)) / 8
     return x @ mix if kind == "linear" else torch.einsum("bchw,cd->bdhw", x, mix)
 
 
@@ -79,17 +76,17 @@ def test_svdquant_takes_outliers_out_of_the_way(kind):
 
 def test_a_branch_of_the_weights_rank_leaves_only_the_inputs_to_round():
     module, x = layer(), outliers()
-    module.weight.copy_(torch.randn(64, 4, generator=seeded(2)) @ torch.randn(4, 128, generator=seeded(3)) / 20)
+    module.weight.copy_(torch.randn(64, 4, generator=generator(2)) @ torch.randn(4, 128, generator=generator(3)) / 20)
     assert output_error(SVDQuant(rank=4, grid=4), module, x) < 1e-5  # nothing is left for the codes to get wrong
 
 
 def test_the_truncated_product_is_the_best_of_its_rank():
-    matrix = torch.randn(40, 90, generator=seeded(4))
+    matrix = torch.randn(40, 90, generator=generator(4))
     down, up = truncated(matrix, 7)
     left = torch.linalg.svdvals(matrix.double())[7:].square().sum().sqrt()
     assert float((matrix - up @ down).norm()) == pytest.approx(float(left), rel=1e-5)
     assert torch.allclose(down @ down.T, torch.eye(7), atol=1e-5)
-    big = torch.randn(600, 30, generator=seeded(5)) @ torch.randn(30, 700, generator=seeded(6))
+    big = torch.randn(600, 30, generator=generator(5)) @ torch.randn(30, 700, generator=generator(6))
     down, up = truncated(big, 30)  # randomised, but of this very rank
     assert float((big - up @ down).norm() / big.norm()) < 1e-4
     assert torch.equal(truncated(big, 30)[0], down)
@@ -109,7 +106,7 @@ def test_inputs_from_a_gelu_are_shifted_and_stored_unsigned():
 
 
 def test_a_shift_halves_the_step_of_one_sided_inputs():
-    module, x = layer(), F.gelu(torch.randn(256, 128, generator=seeded(7)) * 2)
+    module, x = layer(), F.gelu(torch.randn(256, 128, generator=generator(7)) * 2)
     site = Site("a.net.2", "a.net.2", module, "feedforward")
     method = SVDQuant(rank=0, grid=2)
     errors = []
@@ -145,7 +142,7 @@ def test_a_layer_by_gptq_is_better_than_the_nearest(kind):
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_the_gram_matrix_is_that_of_the_output(kind):
     trial = Trial(layer(kind), LayerPlan("int8:row", "int8:row"), outliers(kind))
-    w = torch.randn(trial.weight.shape, generator=seeded(9)).double()
+    w = torch.randn(trial.weight.shape, generator=generator(9)).double()
     direct = trial.product(trial.x, w.float()).double().square().sum()
     assert float(torch.einsum("nk,kl,nl->", w, trial.gram(trial.x), w)) == pytest.approx(float(direct), rel=1e-4)
 
@@ -180,11 +177,11 @@ def test_every_split_is_tried_and_hardware_has_few():
 
 
 def test_the_split_follows_the_numbers():
-    generator = seeded(10)
-    sign = torch.randint(0, 2, (32, 64), generator=generator) * 2 - 1
-    powers = torch.exp2(torch.randint(-3, 4, (32, 64), generator=generator).float()) * sign
+    draws = generator(10)
+    sign = torch.randint(0, 2, (32, 64), generator=draws) * 2 - 1
+    powers = torch.exp2(torch.randint(-3, 4, (32, 64), generator=draws).float()) * sign
     powers[:, 0] = 8.0
-    uniform = torch.rand(32, 64, generator=generator) * 2 - 1
+    uniform = torch.rand(32, 64, generator=draws) * 2 - 1
     assert best_split(powers, Format.parse("e2m1:row"), 4, False).element.name == "e3m0"
     assert best_split(uniform, Format.parse("e2m1:row"), 4, False).element.name == "e1m2"
 
@@ -204,7 +201,7 @@ def test_neighbours_enclose_and_are_next_to_each_other(kind):
 
 
 def test_learned_rounding_starts_at_the_weight_and_ends_on_the_grid():
-    matrix, format = torch.randn(8, 64, generator=seeded(11)), Format.parse("e2m1:g32")
+    matrix, format = torch.randn(8, 64, generator=generator(11)), Format.parse("e2m1:g32")
     start = format.encode(matrix)
     rounding = LearnedRounding(matrix, format, start)
     inside = matrix.abs() < start.scale.repeat_interleave(32, 1) * 5.9
@@ -233,7 +230,7 @@ def test_rounding_passes_gradients_inside_its_range_only():
 
 
 def test_clipping_lowers_the_error_of_wide_tails():
-    x = torch.randn(16, 256, generator=seeded(12)) ** 3
+    x = torch.randn(16, 256, generator=generator(12)) ** 3
     for format in ("int4:row", "int3:g64", "int4:tensor", "e2m1:row"):
         parsed = Format.parse(format)
         best, plain = clipped(x, parsed).decode(), parsed.round(x)

@@ -14,10 +14,7 @@ from fewstep.quant.formats import E4M3, unpack
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays, quant_layer
 from fewstep.quant.sites import quantized_layers
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.tensor_fixtures import noise
 
 
 def test_words_of_a_weight_are_the_fragments_of_mma_m16n8k64():

@@ -13,6 +13,7 @@ from fewstep.quant import backends
 from fewstep.quant.backends.torchao import TorchAO, _import_problem
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import build
+from tests.tensor_fixtures import relative
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed")
 
@@ -21,10 +22,6 @@ def linear(n=48, k=128):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Linear(k, n).requires_grad_(False)
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,7 @@ from fewstep.quant.training.judge import fell
 from fewstep.quant.training.layers import Trainable, TrainedLayer, signs_through
 from fewstep.quant.training.noised import with_sample
 from tests.eval_fixtures import tiny_dit
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.tensor_fixtures import generator
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +95,7 @@ def test_a_layer_in_training_computes_what_the_finished_one_does(format):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = nn.Linear(64, 32)
-    x = torch.randn(5, 64, generator=seeded(1))
+    x = torch.randn(5, 64, generator=generator(1))
     made = build(layer, LayerPlan(format, "int8:row"))
     trained = TrainedLayer(layer, made, Trainable())
     assert torch.allclose(trained(x), made(x), atol=1e-5)
@@ -123,7 +120,7 @@ def test_gradients_of_signs_are_those_of_the_paper():
 
 
 def test_alternating_scales_are_no_worse_than_the_largest_magnitudes_and_are_stationary():
-    matrix = torch.randn(16, 64, generator=seeded(2))
+    matrix = torch.randn(16, 64, generator=generator(2))
     format = Format.parse("bint1:row")
     codes = least_squares(matrix, format)
     assert float((codes.decode() - matrix).norm()) < 0.9 * float((format.round(matrix) - matrix).norm())

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fewstep.errors import FewstepError
 from fewstep.quant.backends.fused import Fused
 from fewstep.quant.backends.reference import Reference
 from fewstep.quant.formats import Format
@@ -11,6 +10,7 @@ from fewstep.quant.kernels import triton as kernels
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import layer_arrays, quant_layer
 from tests.memory_fixtures import guard_what_is_allocated, guarded
+from tests.quant_fixtures import refused
 from tests.triton_fixtures import Layer, N, U, mixed_layer, noise
 
 
@@ -93,13 +93,6 @@ def test_mixed_tiles_and_convolution_do_not_leave_their_tensors(monkeypatch):
     torch.testing.assert_close(y, free, rtol=0, atol=0)
     again = kernels.int8_conv2d(guarded(x), guarded(filters), guarded(scale), padding=1)
     torch.testing.assert_close(again, convolved, rtol=0, atol=0)
-
-
-def refused(call, *words):
-    with pytest.raises(FewstepError) as error:
-        call()
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_refusals_name_what_is_wrong():

@@ -15,6 +15,7 @@ from fewstep.quant.formats import Format
 from fewstep.quant.layer_plan import LayerPlan
 from fewstep.quant.layers.build import build, layer_arrays, quant_layer
 from fewstep.quant.sites import sites
+from tests.tensor_fixtures import relative
 
 
 def unet():
@@ -27,10 +28,6 @@ def unet():
             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         ).eval()  # fmt: skip
         return model, [Call((torch.randn(2, 3, 16, 16), torch.tensor([t, t])), {}) for t in (100, 800)]
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

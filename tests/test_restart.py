@@ -16,24 +16,18 @@ from fewstep.samplers import (
     DPMSolver,
     Executor,
     Grid,
-    NoiseSchedule,
     Restart,
     RestartInterval,
     Run,
     UniPC,
     sample,
 )
-from fewstep.samplers.schedule import EDM, Flow, f64
+from fewstep.samplers.schedule import f64
 from fewstep.samplers.testing import GaussianMixture
 from tests.eval_fixtures import tiny_pipeline
+from tests.solver_fixtures import SCHEDULES, SD, VP, normal
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-SCHEDULES = {
-    "vp": NoiseSchedule.from_config(SD),
-    "vp-x0": NoiseSchedule.from_config({**SD, "prediction_type": "sample"}),
-    "edm": EDM(),
-    "flow": Flow(),
-}
+NAMES = ("vp", "vp-x0", "edm", "flow")
 ARRAYS = ("state", "output", "noise", "constant", "alpha", "sigma", "model_time", "in_scale", "evaluate")
 INTERVALS = (RestartInterval(3, 2, 0.1, 0.5), RestartInterval(2, 1, 0.3, 0.8))
 BASES = (
@@ -46,12 +40,8 @@ BASES = (
 )
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 # -- rows -----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("base", BASES, ids=str)
 def test_without_repeats_the_plan_is_that_of_the_base(base, name):
     grid = Grid.karras(SCHEDULES[name], 7)
@@ -63,7 +53,7 @@ def test_without_repeats_the_plan_is_that_of_the_base(base, name):
 
 
 @pytest.mark.parametrize("spacing", ["karras", "time"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("base", BASES, ids=str)
 def test_rows_lead_from_level_to_level(base, name, spacing):
     """``compile`` validates: every row, those of the noise included, leads from one marginal to the next."""
@@ -87,14 +77,13 @@ def test_rows_lead_from_level_to_level(base, name, spacing):
 
 
 def test_history_goes_on_through_the_low_end_and_comes_down_at_the_last_end_only():
-    schedule = SCHEDULES["vp"]
-    grid = Grid.karras(schedule, 6)
+    grid = Grid.karras(VP, 6)
     low = float(grid.noise_levels[3])
-    plan = Restart(DPMSolver(order=2), (RestartInterval(2, 1, low, 3.0),)).compile(schedule, grid)
+    plan = Restart(DPMSolver(order=2), (RestartInterval(2, 1, low, 3.0),)).compile(VP, grid)
     reads = [int((row != 0).sum()) for row in plan.output]
     #       main grid   noise   pass   main grid
     assert reads == [1, 2, 2, 0, 1, 2, 2, 2, 1]
-    direct = DPMSolver(order=2).compile(schedule, Grid.lambdas(schedule, plan_lambdas(plan)[4:]))
+    direct = DPMSolver(order=2).compile(VP, Grid.lambdas(VP, plan_lambdas(plan)[4:]))
     assert torch.allclose(plan.output[4:], direct.output, rtol=1e-12, atol=1e-15)
     assert torch.allclose(plan.state[4:], direct.state, rtol=1e-12, atol=1e-15)
 
@@ -104,8 +93,7 @@ def plan_lambdas(plan):
 
 
 def test_passes_are_spaced_as_asked():
-    schedule = SCHEDULES["vp"]
-    grid = Grid.karras(schedule, 5)
+    grid = Grid.karras(VP, 5)
     low = float(grid.noise_levels[3])
     interval = RestartInterval(4, 1, low, 2.0)
     sigmas = Restart(DDIM(), (interval,)).legs(grid)[1].noise_levels[:5]
@@ -187,9 +175,8 @@ def test_noise_of_a_row_and_of_the_restart_after_it_are_two_draws():
 
 
 def test_a_sample_depends_on_its_own_generator_alone():
-    schedule = SCHEDULES["vp"]
-    plan = Restart(DPMSolver(order=2), INTERVALS).compile(schedule, Grid.karras(schedule, 5))
-    model, x = GaussianMixture.random(3, 4, 0).model(schedule), normal(3, 4)
+    plan = Restart(DPMSolver(order=2), INTERVALS).compile(VP, Grid.karras(VP, 5))
+    model, x = GaussianMixture.random(3, 4, 0).model(VP), normal(3, 4)
 
     def generators(*seeds):
         return [torch.Generator().manual_seed(s) for s in seeds]
@@ -278,7 +265,7 @@ def test_restarts_that_do_not_fit_the_grid_or_the_model_are_refused():
     with pytest.raises(FewstepError, match="spacing of restart passes 'linear'"):
         Restart(DDIM(), (), "linear")
     with pytest.raises(GridError, match="made for"):
-        Restart(DDIM()).compile(SCHEDULES["vp"], grid)
+        Restart(DDIM()).compile(VP, grid)
 
 
 def test_a_restart_never_begins_at_zero_noise_unless_asked_to():
@@ -296,9 +283,8 @@ def test_a_restart_never_begins_at_zero_noise_unless_asked_to():
     "base", [EMS(), IPNDM(weights="diff_sampler"), AcceleratedDDIM(), USF(first_step_free=True)], ids=str
 )
 def test_bases_with_inexact_rows_are_interrupted_like_others(base):
-    schedule = SCHEDULES["vp"]
-    grid = Grid.uniform_lambda(schedule, 8)
-    plain, plan = (Restart(base, intervals).compile(schedule, grid) for intervals in ((), INTERVALS))
+    grid = Grid.uniform_lambda(VP, 8)
+    plain, plan = (Restart(base, intervals).compile(VP, grid) for intervals in ((), INTERVALS))
     assert not Restart(base).consistent
     assert Restart().consistent
     assert plan.nfe > plain.nfe
@@ -318,13 +304,12 @@ def run(scheduler, model, x, begin=0, seed=0):
 
 
 def test_the_scheduler_counts_network_calls():
-    schedule = SCHEDULES["vp"]
-    model, x = GaussianMixture.random(3, 4, 0).model(schedule), normal(2, 4)
+    model, x = GaussianMixture.random(3, 4, 0).model(VP), normal(2, 4)
     scheduler = samplers.RestartScheduler.from_config(SD, solver_order=2, **OPTIONS)
     scheduler.set_timesteps(13)
     assert len(scheduler.timesteps) == scheduler.num_inference_steps == scheduler.plan.nfe == 13
     assert bool((scheduler.timesteps.diff() > 0).any())
-    expected = Restart(DPMSolver(order=2), INTERVALS).compile(schedule, Grid.karras(schedule, 5))
+    expected = Restart(DPMSolver(order=2), INTERVALS).compile(VP, Grid.karras(VP, 5))
     assert torch.equal(scheduler.plan.output, expected.output)
     result = sample(model, x, expected, generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # timesteps are float32, 6e-8 of their size off
@@ -342,7 +327,7 @@ def test_the_scheduler_counts_network_calls():
 
 def test_image_to_image_begins_anywhere_in_the_run():
     """The run from the k-th call on: its rows are the whole run's once their history lies within it."""
-    model, x = GaussianMixture.random(3, 4, 0).model(SCHEDULES["vp"]), normal(2, 4)
+    model, x = GaussianMixture.random(3, 4, 0).model(VP), normal(2, 4)
     scheduler = samplers.RestartScheduler.from_config(SD, solver_order=2, **OPTIONS)
     scheduler.set_timesteps(13)
     for begin in range(13):

@@ -13,10 +13,10 @@ from fewstep.samplers import DDIM, Grid, NoiseSchedule
 from fewstep.samplers.betas import BETA_SCHEDULES, betas
 from fewstep.samplers.config import schedule_from_config
 from fewstep.samplers.schedule import EDM, ContinuousVP, DiscreteVP, Flow, alpha_sigma, f64
+from tests.solver_fixtures import SD
 
 EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def vp(**config):

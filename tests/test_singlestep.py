@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import cache
 
 import diffusers
 import pytest
@@ -24,23 +23,23 @@ from fewstep.samplers import (
 )  # fmt: skip
 from fewstep.samplers.schedule import f64
 from fewstep.samplers.solvers.runge_kutta import TABLEAUS
-from tests.scheduler_fixtures import SD, relative, run, smooth_network
+from tests.scheduler_fixtures import SD, run, run_with_the_same_noise, smooth_network
 from tests.solver_fixtures import (
     GAUSSIAN,
     HIGH,
     LOW,
     MIXTURE,
     SCHEDULES,
-    error_at,
+    VP,
     grids,
     normal,
     points,
-    problem,
     random_lambdas,
     raw_of,
+    slope,
 )  # fmt: skip
+from tests.tensor_fixtures import relative
 
-VP = SCHEDULES["vp"]
 PURE = {"lower_order_final": False}
 """Every step of the full number of calls."""
 SOLVERS = (
@@ -181,18 +180,6 @@ def ragged(n):
     steps = torch.tensor([2.0, 1.0, 1.0, 2.0, 1.0] * (n // 5 + 1), dtype=torch.float64)[:n]
     u = torch.cat([f64([0.0]), steps.cumsum(0)])
     return LOW + (HIGH - LOW) * u / u[-1]
-
-
-@cache
-def solved(mixture, family):
-    return problem(MIXTURE if mixture else GAUSSIAN, family)
-
-
-def slope(solver, schedule, data, grid_of, counts=(48, 96)):
-    x, truth = solved(data is MIXTURE, schedule.family)
-    errors = [error_at(solver, schedule, data, grid_of(n), x, truth) for n in counts]
-    assert errors[1] > 1e-12, "above rounding, or the slope says nothing"
-    return math.log2(errors[0] / errors[1])
 
 
 @pytest.mark.parametrize(
@@ -414,15 +401,7 @@ def test_diffusers_third_order_sde_can_be_repeated_and_is_less_accurate(net):
     config = {**SD, "algorithm_type": "sde-dpmsolver++", "solver_order": 3}
     theirs = diffusers.DPMSolverMultistepScheduler(**config)
     ours = samplers.DPMSolverScheduler(**config, third_order="diffusers_sde")
-    theirs.set_timesteps(12)
-    ours.set_timesteps(12)
-    a = b = NOISE
-    g = torch.Generator().manual_seed(5)
-    for t in ours.timesteps:
-        z = torch.randn(NOISE.shape, generator=g)
-        a = ours.step(net(a, t), t, a, variance_noise=z).prev_sample
-        b = theirs.step(net(b, t), t, b, variance_noise=z).prev_sample
-    assert relative(a, b) < 1e-4
+    assert relative(*run_with_the_same_noise(ours, theirs, net, NOISE, 12)) < 1e-4
     errors = {}
     for third in ("exact", "as_published", "diffusers_sde"):
         solver = DPMSolver(order=3, eta=1.0, third_order=third)

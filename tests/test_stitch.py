@@ -12,8 +12,7 @@ from fewstep.pipelines.staged import resized, spans
 from tests.caching_fixtures import TINY, unet_condition
 from tests.eval_fixtures import tiny_pipeline
 from tests.pipeline_fixtures import sd3_prompts, seeded, tiny_dit_pipeline, tiny_sd3_pipeline
-
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+from tests.solver_fixtures import SD
 
 
 # -- T-Stitch ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tests.solver_fixtures import (
     MIXTURE,
     SCHEDULES,
     SD,
+    VP,
     assert_same_rows,
     error_at,
     normal,
@@ -25,8 +26,6 @@ from tests.solver_fixtures import (
     problem,
     starting_grid,
 )
-
-VP = SCHEDULES["vp"]
 
 
 def uniform(**options):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fewstep import samplers
+from tests.solver_fixtures import SD
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 V = {**SD, "prediction_type": "v_prediction"}
 CONFIGS = {
     "vp": SD,

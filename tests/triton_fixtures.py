@@ -8,7 +8,8 @@ about n u sum |products|; integer sums below 2^24 are exact, so a group counts a
 import os
 
 import pytest
-import torch
+
+from tests.tensor_fixtures import noise
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run in the interpreter by test_quant_triton.py", allow_module_level=True)
@@ -18,10 +19,6 @@ from fewstep.quant.kernels import triton as kernels
 
 U = 2.0**-24
 M, N, R = 37, 45, 20
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,11 +61,19 @@ def calibrate(
         the plan, with MACs, the held-out error and its 95 % interval, and what it was made of in ``provenance``.
 
     Raises:
-        FewstepError: for a budget that no plan keeps (the best possible is said), a pipeline that has a cache already, or
-            images that are not finite.
+        FewstepError: for a budget that no plan keeps (the best possible is said), a pipeline that has a cache already or
+            several networks, or latents that are not finite.
     """
+    from fewstep.eval.costs.calls import denoisers
+
     if controller_of(pipe) is not None:
         raise FewstepError("the pipeline has a cache; take it away before calibrating (caching.remove_)")
+    if not isinstance(method, Method):
+        raise FewstepError(
+            f"method is of type {type(method).__name__}; give one to calibrate, such as caching.DPCache(budget=0.5)"
+        )
+    if (count := len(denoisers(pipe))) != 1:
+        raise FewstepError(f"{type(pipe).__name__} has {count} networks; a cache is calibrated for pipelines with one")
     guidance = default_guidance(pipe) if guidance_scale is None else guidance_scale
     runs = Runs.of(pipe, prompts, samples, num_inference_steps, guidance, seed, batch, call)
     train, test = runs.split(held_out)
@@ -85,7 +94,11 @@ def calibrate(
         else:
             from fewstep.caching.calibration.knobs import turn
 
-            plan, quality = turn(method, wanted, test, tick)
+            plan, quality = turn(method, wanted, test, tick, train=train)
+    if not math.isfinite(quality.latent_rms):
+        raise FewstepError(
+            f"{type(pipe).__name__} ends with latents that are not finite, with the best cache or without any; run it in float32"
+        )
     return _with_provenance(plan, quality, wanted, runs, held_out)
 
 
@@ -115,8 +128,9 @@ def _network(pipe: Any) -> torch.nn.Module:
 
 
 def default_guidance(pipe: Any) -> float:
+    """What the pipeline takes for its ``guidance_scale`` where nothing is said; 1 where it takes none."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    return float(parameter.default) if parameter is not None and parameter.default is not parameter.empty else 1.0
+    return float(parameter.default) if parameter is not None and isinstance(parameter.default, int | float) else 1.0
 
 
 class _bar:

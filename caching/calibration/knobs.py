@@ -30,6 +30,7 @@ def turn(
     tick: Callable[[str], None],
     uncached: Tensor | None = None,
     meter: Meter | None = None,
+    train: Runs | None = None,
 ) -> tuple[CachePlan, Quality]:
     """The plan of the method with its knob as far open as the budget allows, and its held-out quality.
 
@@ -42,6 +43,7 @@ def turn(
         tick: is told of progress.
         uncached: their latents, if they are known.
         meter: knows what other methods' plans cost on the same model.
+        train: samples whose decisions an online method's plan is made of; those that judge where left out.
 
     Raises:
         FewstepError: for a method without a knob, or a budget that it cannot keep.
@@ -57,7 +59,7 @@ def turn(
         if turned.online:
             from fewstep.caching.profiling import profiled
 
-            plan = profiled(test, turned)
+            plan = profiled(test if train is None else train, turned)
         else:
             plan = turned.compile(family, test.steps)
         share = meter.share(plan)

@@ -53,11 +53,13 @@ class Runs:
         """
         from fewstep.eval.drawing.calling import family
 
-        given = list(prompts or ())
+        given = [prompts] if isinstance(prompts, str) else list(prompts or ())
         if not given and family(type(pipe)) != "unconditional":
             raise FewstepError(f"{type(pipe).__name__} needs prompts to be calibrated on")
-        if steps < 1 or count < 1:
+        if steps < 1 or count < 1 or steps != int(steps):
             raise FewstepError(f"calibration needs at least 1 step and 1 sample, not {steps} and {count}")
+        if batch < 1:
+            raise FewstepError(f"batch is {batch}; give at least 1 sample at once")
         given = given or [""]
         return cls(
             pipe, tuple(given[i % len(given)] for i in range(count)), tuple(range(seed, seed + count)), steps, guidance,

@@ -159,7 +159,9 @@ class SiteSearch:
     def searched(self, regular: Judged) -> Iterator[Judged]:
         """Plans of searched schedules that keep the budget."""
         if self.setting.budget.name == "macs":
-            yield from self._searched(affordable(self.setting.budget.value, self.reused, self.steps))
+            count = affordable(self.setting.budget.value, self.reused, self.steps)
+            if count < self.steps:  # else everything is computed, and nothing is there to be searched
+                yield from self._searched(count)
             return
         count = int((regular[0].actions == Action.COMPUTE).sum())
         while count > 1:  # fewer and fewer steps, while the bound on quality is kept

@@ -88,11 +88,6 @@ def quantised(parts: Parts, found: Sequence[Sampler], configs: Sequence[Any] | N
     with torch.no_grad():
         for config in [quant.Int8()] if configs is None else configs:
             tell(f"quantisation {type(config).__name__}")
-            if getattr(config, "inputs", False):
-                raise FewstepError(
-                    f"{type(config).__name__} needs calibration data, which a recipe does not keep; quantize_ the network with "
-                    "it and quant.save it, then tune the rest"
-                )
             exact, before = learn.run(plan, some).end, _seconds(plan, some)
             try:
                 report = quant.quantize_(network, config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +37,7 @@ class Recipe:
         provenance: how it was found: what was aimed at, measured and tried; JSON.
 
     Raises:
-        PlanError: nothing is decided, no number of steps, or parts that are for different ones.
+        PlanError: nothing is decided, a part of another kind, no number of steps, or parts that are for different ones.
     """
 
     sampler: SolverPlan | str | None = None
@@ -47,6 +50,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.sampler is None and self.cache is None and self.quant is None:
             raise PlanError("a recipe decides something: give a sampler, a cache or a quantisation")
+        _check_kinds(self)
+        object.__setattr__(self, "provenance", dict(self.provenance or {}))
         if isinstance(self.sampler, str):
             object.__setattr__(self, "sampler", str(parse_spec(self.sampler)))
         known = {"the recipe": self.steps}
@@ -61,8 +66,6 @@ class Recipe:
             raise PlanError(f"{self.sampler} takes any number of steps; give steps=")
         if given:
             object.__setattr__(self, "steps", next(iter(given.values())))
-        if self.steps is not None and self.steps < 1:
-            raise PlanError(f"steps is {self.steps}; give at least 1")
 
     @property
     def call(self) -> dict[str, Any]:
@@ -85,14 +88,14 @@ class Recipe:
     def save(self, path: str | Path) -> None:
         """Write ``path`` (JSON); a cache lies beside it in a file that the JSON names. Whole or not at all.
 
+        The cache of a recipe that ``path`` held before is removed.
+
         Raises:
             ArtifactError: a path that does not end in .json.
+            PlanError: a provenance that is no JSON.
         """
         path = _checked(path)
-        cache = None
-        if self.cache is not None:
-            cache = f"{path.stem}-cache-{self.cache.digest}.json"
-            self.cache.save(path.with_name(cache))
+        cache = None if self.cache is None else f"{path.stem}-cache-{self.cache.digest}.json"
         body = {
             "sampler": self.sampler.to_dict() if isinstance(self.sampler, SolverPlan) else self.sampler,
             "steps": self.steps,
@@ -102,7 +105,16 @@ class Recipe:
             "quant": None if self.quant is None else self.quant.to_json(),
             "provenance": dict(self.provenance),
         }
+        try:
+            json.dumps(body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the recipe's provenance cannot be written as JSON: {error}") from None
+        if self.cache is not None and cache is not None:
+            self.cache.save(path.with_name(cache))
         write_json(path, KIND, body)
+        for old in path.parent.glob(f"{glob.escape(path.stem)}-cache-{'[0-9a-f]' * 16}*"):
+            if cache is None or not old.name.startswith(Path(cache).stem):
+                old.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -136,6 +148,24 @@ class Recipe:
         from fewstep.pipelines.recipes.figure import tried
 
         return tried(self)
+
+
+def _check_kinds(recipe: Recipe) -> None:
+    """Raises PlanError where a part is not what a recipe is made of."""
+    for what, part, kind, right in (
+        ("sampler", recipe.sampler, (SolverPlan, str), "a SolverPlan, or a scheduler such as 'DPMSolver(grid=karras)'"),
+        ("cache", recipe.cache, CachePlan, "a CachePlan: method.compile(caching.family_of(network), steps)"),
+        ("quant", recipe.quant, QuantPlan, "a QuantPlan: config.plan(network)"),
+        ("provenance", recipe.provenance, Mapping, "a dict"),
+    ):
+        if not isinstance(part, kind) and part is not None:
+            raise PlanError(f"{what} is {part!r:.80}; give {right}")
+    steps, guidance = recipe.steps, recipe.guidance
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise PlanError(f"steps is {steps!r}; give at least 1, a whole number")
+    number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+    if guidance is not None and not (number and math.isfinite(guidance)):
+        raise PlanError(f"guidance is {guidance!r}; give a number")
 
 
 def _checked(path: str | Path) -> Path:

@@ -14,7 +14,8 @@ from torch import Tensor
 from fewstep.caching import CachePlan
 from fewstep.caching.calibration.runs import Runs
 from fewstep.errors import FewstepError
-from fewstep.pipelines.recipes.applying import RECORD, applied, denoiser
+from fewstep.pipelines.recipes.applying import applied
+from fewstep.pipelines.recipes.asked import check
 from fewstep.pipelines.recipes.parts import Parts, Quantised, Sampler, Tell, quantised, samplers, with_caches
 from fewstep.pipelines.recipes.recipe import Recipe
 
@@ -53,10 +54,10 @@ class Candidate:
             "quant": None if self.quant is None else self.quant.plan.method,
             "work": round(self.work, 4),
             "predicted": round(self.error, 6),
-            "measured": None if self.measured is None else round(self.measured, 6),
+            "measured": None if self.measured is None or not math.isfinite(self.measured) else round(self.measured, 6),
         }
 
-    def recipe(self, guidance: float, provenance: dict[str, Any]) -> Recipe:
+    def recipe(self, guidance: float | None, provenance: dict[str, Any]) -> Recipe:
         quant = None if self.quant is None else self.quant.plan
         return Recipe(self.sampler.plan, guidance=guidance, cache=self.cache, quant=quant, provenance=provenance)
 
@@ -111,15 +112,20 @@ def tune(
         The recipe; ``provenance`` holds its measured error, its work, and everything tried. ``recipe.plot()`` draws that.
 
     Raises:
-        FewstepError: neither or both of ``quality`` and ``budget``; nothing keeps the bound (the best found is said); a
-            pipeline that has a recipe; a quantisation that needs calibration data.
+        FewstepError: neither or both of ``quality`` and ``budget``, or another argument that cannot be; nothing keeps the
+            bound (the best found is said); a pipeline that has a recipe; a quantisation that needs calibration data.
     """
-    _check(pipe, quality, budget, calls)
+    check(
+        pipe, quality=quality, budget=budget, guidance=guidance, calls=calls, caches=caches, quants=quants, minutes=minutes,
+        trajectories=trajectories, held_out=held_out,
+    )  # fmt: skip
     say: Tell = tell if tell is not None else lambda text: None
     from fewstep.caching.calibration.calibrate import default_guidance
     from fewstep.eval.drawing.batch import borrowed
+    from fewstep.eval.drawing.calling import guided
 
     scale = default_guidance(pipe) if guidance is None else float(guidance)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     given = list(prompts or [""])
     parts = Parts(pipe, [given[i % len(given)] for i in range(trajectories)], scale, reference, seed, folder, call)
     runs = Runs.of(pipe, prompts, held_out, reference, scale, seed + trajectories, call=call)
@@ -137,7 +143,7 @@ def tune(
         "held_out": held_out,
         "tried": [c.summary() for c in sorted(tried.values(), key=lambda c: c.work)],
     }
-    return best.recipe(scale, provenance)
+    return best.recipe(scale if guided(type(pipe)) else None, provenance)
 
 
 def _candidates(
@@ -157,25 +163,11 @@ def _measured(promising: Sequence[Candidate], quality: float | None, runs: Runs,
     truth, done = _truth(runs), list[Candidate]()
     for candidate in promising:
         say(f"measuring {candidate.summary()}")
-        error = _error(candidate.recipe(runs.guidance, {}), runs, truth)
+        error = _error(candidate.recipe(None, {}), runs, truth)
         done.append(replace(candidate, measured=error))
         if quality is not None and error <= quality:
             break
     return done
-
-
-def _check(pipe: Any, quality: float | None, budget: float | None, calls: Sequence[int]) -> None:
-    if (quality is None) == (budget is None):
-        raise FewstepError(f"give quality= or budget=, one of the two; got quality={quality}, budget={budget}")
-    bound = quality if quality is not None else budget
-    assert bound is not None
-    if not 0 < bound < math.inf:
-        raise FewstepError(f"{'quality' if quality is not None else 'budget'} is {bound}; give a positive number")
-    if not calls or min(calls) < 1:
-        raise FewstepError(f"calls is {list(calls)}; give numbers of network calls, each at least 1")
-    if RECORD in vars(pipe):
-        raise FewstepError("the pipeline has a recipe; pipelines.remove_(pipe) before tuning")
-    denoiser(pipe)
 
 
 def _promising(candidates: Sequence[Candidate], quality: float | None, budget: float | None) -> list[Candidate]:
@@ -195,6 +187,10 @@ def _best(
         least = min(candidates, key=lambda c: c.work)
         raise FewstepError(f"nothing costs as little as {budget} calls; the cheapest candidate costs {least.work:.2f}")
     best = min(measured, key=_of)
+    if not math.isfinite(_of(best)):
+        raise FewstepError(
+            f"none of the {len(measured)} recipes that were tried gives finite latents; run the model in float32"
+        )
     if quality is None:
         return best
     good = [c for c in measured if _of(c) <= quality]
@@ -207,7 +203,7 @@ def _best(
 
 
 def _of(candidate: Candidate) -> float:
-    return math.inf if candidate.measured is None or math.isnan(candidate.measured) else candidate.measured
+    return math.inf if candidate.measured is None else candidate.measured
 
 
 def _key(candidate: Candidate) -> tuple[int, str | None, str | None]:
@@ -231,9 +227,10 @@ def _truth(runs: Runs) -> Tensor:
 
 
 def _error(recipe: Recipe, runs: Runs, truth: Tensor) -> float:
+    """Infinite where a latent is not finite."""
     from fewstep.eval.pairs.latents import latent_rmse
 
     assert recipe.steps is not None
     with applied(runs.pipe, recipe):
         latents = replace(runs, steps=recipe.steps).latents()
-    return float(latent_rmse(latents, truth).mean())
+    return float(latent_rmse(latents, truth).mean()) if bool(latents.isfinite().all()) else math.inf

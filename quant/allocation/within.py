@@ -53,9 +53,10 @@ def within_error(model: nn.Module, plan: QuantPlan, calls: Sequence[Call], error
             reasons = dict.fromkeys(kept, f"more error than error={error:g} has room for")
             return _explained(chosen, reasons, error, found, sum(work[n] for n in kept) / sum(work.values()))
         aim *= 0.98 * error / found
-    raise FewstepError(
-        f"{plan.method} has an output error of {found:.3%} with the worst layers kept; error={error:g} needs wider formats"
+    left = (
+        f"an output error of {found:.3%} with the worst layers kept" if found < math.inf else "too much in every layer"
     )
+    raise FewstepError(f"{plan.method} has {left}; error={error:g} needs wider formats, or a wider bound")
 
 
 def contributions(model: nn.Module, plan: QuantPlan, calls: Sequence[Call], seed: int = 0) -> tuple[Shares, Shares]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ def check(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
     for name, plan in plans.items():
         if name not in there:
             raise FewstepError(unknown("attention", name, there))
+        if "forward" in vars(there[name]):
+            raise FewstepError(
+                f"{name} has a hook around it, a cache's or that of offloading; take it off, quantise, and put it on again"
+            )
         problem = problem_of(plan, next(model.parameters()).device)
         if problem:
             raise FewstepError(f"attention backend {plan.backend!r} cannot compute {name}: {problem}")
@@ -69,13 +74,39 @@ def install(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
 
 
 def remove(model: nn.Module) -> int:
-    """Take off what :func:`install` did, as far as it is there; how many attentions."""
-    count = 0
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Quantizing):
-            del module.__dict__["forward"]
-            count += 1
-    return count
+    """Take off what :func:`install` did, as far as it is there; how many attentions.
+
+    Raises:
+        FewstepError: where a hook was put around one since, which nothing is done then.
+    """
+    found = [(name, module) for name, module in model.named_modules() if _of(module) is not None]
+    for name, module in found:
+        if not isinstance(vars(module)["forward"], Quantizing):
+            raise FewstepError(f"{name} has a hook around it, such as a cache's; take that off first (caching.remove_)")
+    for _, module in found:
+        del module.__dict__["forward"]
+    return len(found)
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Attentions compute as they did before :func:`install` inside."""
+    found = [one for module in model.modules() if (one := _of(module)) is not None]
+    for one in found:
+        one.paused = True
+    try:
+        yield
+    finally:
+        for one in found:
+            one.paused = False
+
+
+def _of(module: nn.Module) -> Quantizing | None:
+    """What :func:`install` put on a module, also behind hooks that were put around it since."""
+    forward = vars(module).get("forward")
+    while forward is not None and not isinstance(forward, Quantizing):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward
 
 
 class Quantizing:
@@ -88,9 +119,10 @@ class Quantizing:
     def __init__(self, module: nn.Module, plan: AttentionPlan) -> None:
         self.module, self.plan = module, plan
         self.compared = plan.backend in OWN
+        self.paused = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Instead(self.attend):
+        with nullcontext() if self.paused else _Instead(self.attend):
             return type(self.module).forward(self.module, *args, **kwargs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -72,7 +72,8 @@ def record(
 
     network = component or denoisers(pipe)[0]
     handle = network.register_forward_pre_hook(keep_call, with_kwargs=True)
-    wanted = [prompts[i % len(prompts)] for i in range(samples)]
+    given = [prompts] if isinstance(prompts, str) else list(prompts) or [""]
+    wanted = [given[i % len(given)] for i in range(samples)]
     try:
         with borrowed(pipe):
             draw(pipe, wanted, range(seed, seed + samples), steps=num_inference_steps, guidance=guidance)

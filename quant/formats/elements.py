@@ -9,12 +9,29 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError, unknown
+
+
+class _HasBits(Protocol):
+    @property
+    def bits(self) -> int: ...
+
+
+class AsNamed:
+    """A code takes as many bits, in a file and in the count of a plan, as the element has."""
+
+    @property
+    def storage_bits(self: _HasBits) -> int:
+        return self.bits
+
+    @property
+    def cost_bits(self: _HasBits) -> float:
+        return float(self.bits)
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Integer:
 
 
 @dataclass(frozen=True)
-class Minifloat:
+class Minifloat(AsNamed):
     """A float of one sign, ``exponent`` and ``mantissa`` bits, biased by 2^(e-1) - 1, with subnormals.
 
     Codes are sign, exponent, mantissa from the highest bit down. Special values: ``fn`` gives up the highest code for NaN
@@ -93,6 +110,7 @@ class Minifloat:
     exponent: int
     mantissa: int
     special: Literal["finite", "fn", "ieee"] = "finite"
+    signed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (1 <= self.exponent <= 6 and 0 <= self.mantissa <= 6 and self.bits <= 8):
@@ -105,18 +123,6 @@ class Minifloat:
     @property
     def bits(self) -> int:
         return 1 + self.exponent + self.mantissa
-
-    @property
-    def storage_bits(self) -> int:
-        return self.bits
-
-    @property
-    def cost_bits(self) -> float:
-        return float(self.bits)
-
-    @property
-    def signed(self) -> bool:
-        return True
 
     @property
     def bias(self) -> int:
@@ -172,13 +178,15 @@ class Minifloat:
 
 
 @dataclass(frozen=True)
-class Sign:
+class Sign(AsNamed):
     """+1 or -1 for each of ``bases`` bases; code bit i says whether base i is positive. 0 counts as positive.
 
     Every base has a scale of its own, so only :mod:`.binary` can encode; see there.
     """
 
     bases: int = 1
+    signed: ClassVar[bool] = False  # how codes are stored, not what they mean
+    max: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bases <= 8:
@@ -192,25 +200,9 @@ class Sign:
     def bits(self) -> int:
         return self.bases
 
-    @property
-    def storage_bits(self) -> int:
-        return self.bases
-
-    @property
-    def cost_bits(self) -> float:
-        return float(self.bases)
-
-    @property
-    def signed(self) -> bool:
-        return False  # how codes are stored, not what they mean
-
-    @property
-    def max(self) -> float:
-        return 1.0
-
 
 @dataclass(frozen=True)
-class Log:
+class Log(AsNamed):
     """Powers from 1 down: code q is 2^(-q step / 16), the last code 0. For numbers that are not negative and mostly small.
 
     After a softmax or a GELU; ``step`` 16 is log2, 8 is log sqrt 2, others are bases found by search. Rounded to the nearest
@@ -221,6 +213,8 @@ class Log:
 
     bits: int
     step: int = 16
+    signed: ClassVar[bool] = False
+    max: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8 or not 1 <= self.step <= 64:
@@ -231,22 +225,6 @@ class Log:
     @property
     def name(self) -> str:
         return f"log{self.bits}" + ("" if self.step == 16 else f"s{self.step}")
-
-    @property
-    def storage_bits(self) -> int:
-        return self.bits
-
-    @property
-    def cost_bits(self) -> float:
-        return float(self.bits)
-
-    @property
-    def signed(self) -> bool:
-        return False
-
-    @property
-    def max(self) -> float:
-        return 1.0
 
     @property
     def least(self) -> float:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import number, say
+from fewstep.cli import options
+from fewstep.cli.printing import number, say
 
 
 def best(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of a sweep.")],
+    folder: options.Finished,
     quality: Annotated[
         str | None, typer.Option(help="What a cell must reach, such as 'fid<2' or 'fid<2, accuracy>=95'.")
     ] = None,

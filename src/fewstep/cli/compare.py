@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.cli.options import number, say
+from fewstep.cli.printing import number, say
 
 WIDEST = 60
 

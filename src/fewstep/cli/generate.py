@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from fewstep.cli.options import DeviceOption, SeedOption
+from fewstep.cli import options
 
 
 def generate(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="What to draw, a class's name where the model draws classes, nothing where it takes neither; "
-            "repeat it to cycle.",
-        ),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="An embedded model (`fewstep models`), or the folder of a saved pipeline."),
-    ] = "fashion-sd",
-    scheduler: Annotated[
-        str | None, typer.Option(help="A scheduler, such as 'DPMSolver(solver_order=3)'.  [DPMSolver]")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of steps.  [10]")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", "-g", help="Classifier-free guidance scale; at most 1 is without.  [4]"),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A recipe (`fewstep tune --recipe`) in place of scheduler, steps and guidance.")
-    ] = None,
-    seed: SeedOption = 0,
-    n: Annotated[int, typer.Option("--n", "-n", help="How many images.")] = 8,
-    device: DeviceOption = None,
+    out: options.Picture,
+    prompt: options.Prompt = None,
+    model: options.Model = "fashion-sd",
+    scheduler: options.Scheduler = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    recipe: options.UsedRecipe = None,
+    seed: options.Seed = 0,
+    n: options.Images = 8,
+    device: options.Device = None,
 ) -> None:
     """Draw images and write them as one PNG grid."""
     if out.suffix.lower() != ".png":

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import typer
-
-from fewstep.cli.options import DeviceOption, SeedOption
+from fewstep.cli import options
 
 if TYPE_CHECKING:
     from fewstep.quant.rest import Rest
 
 
 def quantize(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The folder for the quantised network; not needed with --plan.")
-    ] = None,
-    config: Annotated[
-        str,
-        typer.Option(
-            "--config", "-c", help="A method, such as 'Int8' or 'SVDQuant(rank=16)', or the path of a saved plan."
-        ),
-    ] = "Int8",
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="An embedded model (`fewstep models`), or the folder of a saved pipeline."),
-    ] = "fashion-sd",
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt to calibrate with; repeat it for more.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the trajectory that calibration follows.")] = 20,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Images drawn for calibration; 0 for none.")] = 8,
-    guidance: Annotated[float, typer.Option("--guidance", "-g", help="Classifier-free guidance scale.")] = 4.0,
-    seed: SeedOption = 0,
-    rows: Annotated[int, typer.Option(help="Rows of each layer's inputs that calibration looks at.")] = 2048,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="A folder that keeps finished layers, so that the same command goes on from there."),
-    ] = None,
-    rest: Annotated[
-        str, typer.Option(help="How the file stores what is not quantised: exact, float16, or int8.")
-    ] = "exact",
-    plan_only: Annotated[bool, typer.Option("--plan", help="Print the plan and write nothing.")] = False,
-    device: DeviceOption = None,
+    out: options.QuantFolder = None,
+    config: options.Method = "Int8",
+    model: options.Model = "fashion-sd",
+    prompt: options.CalibrationPrompt = None,
+    steps: options.CalibrationSteps = 20,
+    samples: options.CalibrationSamples = 8,
+    guidance: options.CalibrationGuidance = 4.0,
+    seed: options.Seed = 0,
+    rows: options.Rows = 2048,
+    resume: options.Resume = None,
+    rest: options.Rest = "exact",
+    plan_only: options.PlanOnly = False,
+    device: options.Device = None,
 ) -> None:
     """Quantise a model's denoiser: calibrate on its own trajectory, save it, and say what it cost.
 
@@ -52,7 +32,6 @@ def quantize(
     from fewstep import quant
     from fewstep.errors import FewstepError
     from fewstep.eval.costs.calls import denoisers
-    from fewstep.eval.sweeps.sources import make_sources
     from fewstep.quant.configs import make_config
     from fewstep.quant.rest import check
 
@@ -62,26 +41,12 @@ def quantize(
         raise FewstepError("give --out FOLDER for the quantised network, or --plan to print the plan only")
     if samples < 0 or steps < 1:
         raise FewstepError(f"samples is {samples} and steps {steps}; give at least 0 and 1")
-    (source,) = make_sources(model)
-    prompts: tuple[str, ...] = tuple(prompt or ())
-    if not prompts and source.embedded:
-        from fewstep.pipelines.zoo import prompts as known
-
-        prompts = known(source.embedded)
-    if not prompts and source.family != "unconditional" and samples:
-        raise FewstepError(f"{model} draws what it is told; give --prompt, or --samples 0 where the method needs none")
-    pipe = source.load(device)
+    pipe, prompts = _asked(model, prompt, device, needed=samples > 0)
     (network, *_) = denoisers(pipe)
     calls = None
     if samples:
         calls = quant.record(
-            pipe,
-            prompts or ("",),
-            num_inference_steps=steps,
-            samples=samples,
-            guidance=guidance,
-            seed=seed,
-            keep=samples,
+            pipe, prompts, num_inference_steps=steps, samples=samples, guidance=guidance, seed=seed, keep=samples
         )
     if plan_only or out is None:
         from fewstep.quant.state import evaluating
@@ -93,3 +58,19 @@ def quantize(
     path = quant.save(network, out, rest=cast("Rest", rest))
     print(report)
     print(f"{path}: {sum(file.stat().st_size for file in path.parent.glob('quantized*')) / 1e6:.2f} MB")
+
+
+def _asked(model: str, prompt: list[str] | None, device: str | None, needed: bool) -> tuple[Any, tuple[str, ...]]:
+    """The pipeline, and what it is asked to draw where nothing was said."""
+    from fewstep.errors import FewstepError
+    from fewstep.eval.sweeps.sources import make_sources
+
+    (source,) = make_sources(model)
+    prompts = tuple(prompt or ())
+    if not prompts and source.embedded:
+        from fewstep.pipelines.zoo import prompts as known
+
+        prompts = known(source.embedded)
+    if not prompts and source.family != "unconditional" and needed:
+        raise FewstepError(f"{model} draws what it is told; give --prompt, or --samples 0 where the method needs none")
+    return source.load(device), prompts or ("",)

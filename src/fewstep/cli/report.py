@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fewstep.cli import options
+
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of a sweep.")],
+    folder: options.Finished,
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write the plots as PNG and SVG, and their data as CSV.")
     ] = False,

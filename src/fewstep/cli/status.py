@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from fewstep.cli.options import FAILED, duration, say
+from fewstep.cli import options
+from fewstep.cli.printing import duration, say
 
 
-def status(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of a sweep.")]) -> None:
+def status(folder: options.Finished) -> None:
     """How far a sweep is, what failed, and how long it will take; exit code 1 where a cell failed."""
     from fewstep.eval.sweeps.state import status as state
 
@@ -36,4 +34,4 @@ def status(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out
         left = duration(found.seconds_left)
         say(f"about {left} left" if found.seconds_left is not None else "time left unknown: no cell is finished yet")
     if found.failed:
-        raise typer.Exit(FAILED)
+        raise typer.Exit(options.FAILED)

@@ -4,125 +4,77 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.table import Table
 
-from fewstep.cli.options import FAILED, DeviceOption, duration, number, say, show
+from fewstep.cli import options
+from fewstep.cli.printing import say
+from fewstep.cli.tables import print_estimate, print_results
 
 if TYPE_CHECKING:
-    from fewstep.eval.sweeps.estimate import SweepEstimate
-    from fewstep.eval.sweeps.results import Results
     from fewstep.eval.sweeps.sweep import Sweep
-
-_SPECS = "Comma-separated or repeated"
 
 
 def sweep(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[SWEEP.toml]", help="Describes the sweep; options go over what it says.")
-    ] = None,
-    schedulers: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--schedulers",
-            "--scheduler",
-            help=f"{_SPECS}; 'diffusers:Name' is diffusers' own. Options go in parentheses.",
-        ),
-    ] = None,
-    steps: Annotated[str | None, typer.Option(help="Comma-separated, such as 5,8,10,20.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for images and results; a run there goes on.")
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help=f"{_SPECS}: embedded models (`fewstep models`), folders of saved pipelines.  [fashion-sd]",
-        ),
-    ] = None,
-    grids: Annotated[list[str] | None, typer.Option(help=f"{_SPECS}: karras, ays, ...  [default]")] = None,
-    guidance: Annotated[
-        str | None,
-        typer.Option(
-            "--guidance",
-            "-g",
-            help="Classifier-free guidance scale, or several, comma-separated; at most 1 is without.  [4]",
-        ),
-    ] = None,
-    caches: Annotated[list[str] | None, typer.Option(help=f"{_SPECS}.  [none]")] = None,
-    quants: Annotated[list[str] | None, typer.Option(help=f"{_SPECS}.  [none]")] = None,
-    metrics: Annotated[list[str] | None, typer.Option(help=f"{_SPECS}; what fits the model where left out.")] = None,
-    fidelity: Annotated[
-        str | None,
-        typer.Option(
-            help="Hold each image against a reference of its seed: 'same' for its own scheduler without cache and "
-            "quantisation, or such as 'DDIM@100', DDIM at 100 steps.",
-        ),
-    ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Images a cell.  [1000]")] = None,
-    blocks: Annotated[int | None, typer.Option(help="Blocks of seeds, each a cell of its own.  [1]")] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", "-s", help="The first seed; image i has seed SEED + i.  [0]")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.  [50]")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many images a cell, to try it out.")] = None,
-    device: DeviceOption = None,
-    tracker: Annotated[
-        list[str] | None, typer.Option(help=f"{_SPECS}: tensorboard, wandb, ... gets each finished cell's numbers.")
-    ] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="Run the cells on Ray: 'local', 'auto', or the address of a cluster.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; draw and write nothing.")] = False,
+    file: options.SweepFile = None,
+    schedulers: options.Schedulers = None,
+    steps: options.NumbersOfSteps = None,
+    out: options.SweepFolder = None,
+    model: options.Models = None,
+    grids: options.Grids = None,
+    guidance: options.Guidances = None,
+    caches: options.Caches = None,
+    quants: options.Quants = None,
+    metrics: options.Metrics = None,
+    fidelity: options.Fidelity = None,
+    samples: options.Samples = None,
+    blocks: options.Blocks = None,
+    seed: options.FirstSeed = None,
+    batch_size: options.BatchSize = None,
+    limit: options.Limit = None,
+    device: options.Device = None,
+    tracker: options.Trackers = None,
+    ray: options.Ray = None,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Every scheduler at every number of steps, and so on: images, FID, CLIP score, NFE, seconds. Resumable."""
-    from fewstep.eval.sweeps.processes import ProcessLost, main_process
-    from fewstep.eval.sweeps.specs import numbers, split_top_level, whole_numbers
-
-    def several(texts: list[str] | None) -> list[str] | None:
-        return None if texts is None else [item for text in texts for item in split_top_level(text)]
+    from fewstep.eval.sweeps.specs import numbers, whole_numbers
 
     given: dict[str, Any] = {
-        "schedulers": several(schedulers),
+        "schedulers": _items(schedulers),
         "steps": None if steps is None else whole_numbers(steps, "steps"),
-        "model": several(model),
-        "grids": several(grids),
+        "model": _items(model),
+        "grids": _items(grids),
         "guidance": None if guidance is None else numbers(guidance, "guidance"),
-        "caches": several(caches),
-        "quants": several(quants),
-        "metrics": several(metrics),
+        "caches": _items(caches),
+        "quants": _items(quants),
+        "metrics": _items(metrics),
         "fidelity": fidelity,
         "samples": samples,
         "blocks": blocks,
         "seed": seed,
         "batch_size": batch_size,
         "limit": limit,
-        "trackers": several(tracker),
+        "trackers": _items(tracker),
         "device": device,
     }
     request = _request(file, {key: value for key, value in given.items() if value is not None})
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"out is the file {str(out)!r}; give a folder")
     if dry_run:
-        if not main_process():
-            return
-        _print_estimate(request.estimate(out))
-        return
-    if out is None:
+        _estimate(request, out)
+    elif out is None:
         raise ValueError("--out is missing; give the folder for images and results")
-    try:
-        results = request.run(out, ray=ray)
-    except ProcessLost as error:
-        print(f"fewstep: {error}", file=sys.stderr)
-        raise typer.Exit(FAILED) from error
-    if main_process():
-        _print_results(results)
-        say(f"{out / 'results.csv'}; `fewstep report {out}` makes a page of it")
-    if results.failed:
-        raise typer.Exit(FAILED)
+    else:
+        _run(request, out, ray)
+
+
+def _items(texts: list[str] | None) -> list[str] | None:
+    """The items of an option that is comma-separated, repeated, or both."""
+    from fewstep.eval.sweeps.specs import split_top_level
+
+    return None if texts is None else [item for text in texts for item in split_top_level(text)]
 
 
 def _request(file: Path | None, given: dict[str, Any]) -> Sweep:
@@ -136,49 +88,23 @@ def _request(file: Path | None, given: dict[str, Any]) -> Sweep:
     return from_table(given, Path())
 
 
-def _print_results(results: Results) -> None:
-    from fewstep.eval.reports.columns import title
+def _run(request: Sweep, out: Path, ray: str | None) -> None:
+    from fewstep.eval.sweeps.processes import ProcessLost, main_process
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("scheduler", overflow="fold")
-    told = _telling(results)
-    for axis in told:
-        table.add_column(axis)
-    for head in ("steps", "NFE/image", *(title(name) for name in results.metrics), "s/image"):
-        table.add_column(head, justify="right")
-    for row in results.rows:
-        first = [str(getattr(row, axis)) for axis in told]
-        if row.status != "ok":
-            table.add_row(f"{row.scheduler} failed: {row.error}", *first, str(row.steps), style="red")
-            continue
-        values = [row.nfe_per_image, *(row.value(name) for name in results.metrics), row.seconds_per_image]
-        table.add_row(row.scheduler, *first, str(row.steps), *map(number, values))
-    show(table)
+    try:
+        results = request.run(out, ray=ray)
+    except ProcessLost as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        raise typer.Exit(options.FAILED) from error
+    if main_process():
+        print_results(results)
+        say(f"{out / 'results.csv'}; `fewstep report {out}` makes a page of it")
+    if results.failed:
+        raise typer.Exit(options.FAILED)
 
 
-def _telling(results: Results) -> list[str]:
-    """The axes beside scheduler and steps on which there is more than one value."""
-    axes = ("model", "grid", "guidance", "cache", "quant", "seed")
-    return [axis for axis in axes if len({getattr(row, axis) for row in results.rows}) > 1]
+def _estimate(request: Sweep, out: Path | None) -> None:
+    from fewstep.eval.sweeps.processes import main_process
 
-
-def _print_estimate(estimate: SweepEstimate) -> None:
-    table = Table(box=None, pad_edge=False)
-    for head in ("model", "cell"):
-        table.add_column(head, overflow="fold")
-    for head in ("guidance", "seed", "images", "calls", "NFE/image", "time"):
-        table.add_column(head, justify="right")
-    for one in estimate.cells:
-        cell = one.cell
-        where = [f"{cell.guidance:g}", str(cell.seed)]
-        if one.error:
-            table.add_row(cell.model, f"{cell.title} would fail: {one.error}", *where, style="red")
-            continue
-        counts = [str(one.images), str(one.calls), number(one.nfe_per_image)]
-        table.add_row(cell.model, cell.title, *where, *counts, duration(one.seconds))
-    show(table)
-    basis = "; ".join(f"{model}: {text}" for model, text in estimate.basis.items())
-    say(
-        f"{len(estimate.cells)} cells, {estimate.images} images to draw, {estimate.calls} network calls, about "
-        f"{duration(estimate.seconds)} without the metrics ({basis}); nothing was written"
-    )
+    if main_process():
+        print_estimate(request.estimate(out))

@@ -2,56 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from fewstep.cli import options
+from fewstep.cli.printing import duration, number, say
 
-from fewstep.cli.options import DeviceOption, duration, number, say
+FIRST = 1_000_000
+"""The first trajectory's seed, far from those that images are drawn from."""
 
 
 def tune(
-    sampler: Annotated[
-        bool, typer.Option("--sampler", help="Learn a sampler: a plan of few calls for this model.")
-    ] = False,
-    recipe: Annotated[
-        bool,
-        typer.Option(
-            "--recipe", help="Search sampler, cache and quantisation together, for a --quality or a --budget."
-        ),
-    ] = False,
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="An embedded model (`fewstep models`), or the folder of a saved pipeline."),
-    ] = "fashion-sd",
-    nfe: Annotated[int, typer.Option(help="Network calls an image, with --sampler.")] = 5,
-    quality: Annotated[
-        float | None, typer.Option(help="With --recipe: the largest RMS error of the latents; least work is sought.")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="With --recipe: the most work, in calls of the network; least error is sought.")
-    ] = None,
-    guidance: Annotated[
-        list[float] | None,
-        typer.Option("--guidance", "-g", help="Guidance to learn for; repeat it for a plan that serves several.  [4]"),
-    ] = None,
-    calls: Annotated[
-        str, typer.Option(help="With --recipe: numbers of network calls to learn samplers for, comma-separated.")
-    ] = "4,6,8,12,16",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The plan's or recipe's JSON file; arrays lie beside it.")
-    ] = Path("plan.json"),
-    plot: Annotated[Path | None, typer.Option(help="A PNG of the loss and the learned grid.  [OUT with .png]")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file, a prompt a line; the embedded model's own if left out.")
-    ] = None,
-    minutes: Annotated[float, typer.Option(help="How long to learn, after the teacher.")] = 15.0,
-    trajectories: Annotated[int, typer.Option(help="How many trajectories; a third of them is only judged by.")] = 64,
-    teacher_steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 64,
-    work: Annotated[
-        Path | None, typer.Option(help="Keep the teacher's trajectories here; a stopped run goes on from them.")
-    ] = None,
-    device: DeviceOption = None,
+    sampler: options.TuneSampler = False,
+    recipe: options.TuneRecipe = False,
+    model: options.Model = "fashion-sd",
+    nfe: options.NFE = 5,
+    quality: options.Quality = None,
+    budget: options.Budget = None,
+    guidance: options.LearnedGuidance = None,
+    calls: options.Calls = "4,6,8,12,16",
+    out: options.Tuned = Path("plan.json"),
+    plot: options.Plot = None,
+    prompts: options.Prompts = None,
+    minutes: options.Minutes = 15.0,
+    trajectories: options.Trajectories = 64,
+    teacher_steps: options.TeacherSteps = 64,
+    work: options.Work = None,
+    device: options.Device = None,
 ) -> None:
     """Learn a sampler for a model: fewer calls for the same pictures, in minutes. Or a whole recipe."""
     if sampler == recipe:
@@ -66,10 +44,32 @@ def tune(
         raise ValueError(f"trajectories is {trajectories}; give at least 3, rather 64")
     if nfe < 1:
         raise ValueError(f"nfe is {nfe}; give a whole number of at least 1")
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    lesson = _lesson(model, prompts, guidance, minutes, trajectories, teacher_steps, work, device)
+    picture = plot or out.with_suffix(".png")
+    if recipe:
+        _tune_recipe(lesson, quality, budget, calls, out, picture)
+    else:
+        _tune_sampler(lesson, nfe, out, picture)
 
+
+@dataclass(frozen=True)
+class Lesson:
+    """What both kinds of tuning learn from."""
+
+    pipe: Any
+    prompts: list[str]
+    guidance: list[float]
+    minutes: float
+    trajectories: int
+    teacher_steps: int
+    work: Path | None
+
+
+def _lesson(
+    model: str, prompts: Path | None, guidance: list[float] | None, minutes: float, trajectories: int, teacher_steps: int,
+    work: Path | None, device: str | None,
+) -> Lesson:  # fmt: skip
     from fewstep.eval.sweeps.sources import make_sources
-    from fewstep.samplers import learn
 
     (source,) = make_sources(model)
     given = _lines(prompts)
@@ -79,57 +79,8 @@ def tune(
     if given is None:
         words = words[-trajectories:]  # its evaluations begin with the first ones
     pipe = source.load(device)
-    if recipe:
-        _recipe(pipe, words, quality, budget, guidance, minutes, trajectories, teacher_steps, calls, work, out, plot)
-        return
     scales = guidance or [4.0 if source.guided else 1.0]
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("teacher", total=None)
-        seeds = range(FIRST, FIRST + trajectories)
-        teacher = learn.Teacher(pipe, words, scales, teacher_steps, seeds, folder=work)
-        problem = teacher.problem()
-
-        def report(progress: Any) -> None:
-            said = f"{progress.stage}: {progress.loss:.4f}, held out {progress.held_out:.4f}"
-            bar.update(task, description=said, total=1.0, completed=progress.share)
-
-        plan = learn.tune(problem, nfe, seconds=60 * minutes, report=report)
-    plan.save(out)
-    learn.plot(plan, plot or out.with_suffix(".png"))
-    told = plan.provenance
-    say(
-        f"{out}: {plan.nfe} calls, held-out RMS error {number(told['error_before'])} -> {number(told['error_after'])} "
-        f"({told['started_from']} -> {told['stage']}), {duration(told['seconds'])}"
-    )
-
-
-def _recipe(
-    pipe: Any, words: list[str], quality: float | None, budget: float | None, guidance: list[float] | None, minutes: float,
-    trajectories: int, steps: int, calls: str, work: Path | None, out: Path, plot: Path | None,
-) -> None:  # fmt: skip
-    from rich.console import Console
-
-    from fewstep import pipelines
-    from fewstep.errors import FewstepError
-    from fewstep.eval.sweeps.specs import whole_numbers
-
-    if guidance is not None and len(guidance) > 1:
-        raise FewstepError(f"a recipe is for one guidance scale, got {guidance}")
-    with Console(stderr=True).status("tuning") as status:
-        found = pipelines.tune(
-            pipe, words, quality=quality, budget=budget, calls=whole_numbers(calls, "calls"),
-            guidance=guidance[0] if guidance else None, minutes=minutes, trajectories=trajectories, reference=steps,
-            folder=work, tell=status.update,
-        )  # fmt: skip
-    found.save(out)
-    found.plot().savefig(plot or out.with_suffix(".png"), dpi=150)
-    told = found.provenance
-    say(f"{out}: {found}; held-out RMS error {number(told['error'])}, the work of {number(told['work'])} calls")
-
-
-FIRST = 1_000_000
-"""The first trajectory's seed, far from those that images are drawn from."""
+    return Lesson(pipe, words, scales, minutes, trajectories, teacher_steps, work)
 
 
 def _lines(path: Path | None) -> list[str] | None:
@@ -139,3 +90,53 @@ def _lines(path: Path | None) -> list[str] | None:
     if not lines:
         raise ValueError(f"{path} holds no prompt; give one a line")
     return lines
+
+
+def _tune_sampler(lesson: Lesson, nfe: int, out: Path, picture: Path) -> None:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fewstep.samplers import learn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("teacher", total=None)
+        seeds = range(FIRST, FIRST + lesson.trajectories)
+        teacher = learn.Teacher(
+            lesson.pipe, lesson.prompts, lesson.guidance, lesson.teacher_steps, seeds, folder=lesson.work
+        )
+        problem = teacher.problem()
+
+        def report(progress: Any) -> None:
+            said = f"{progress.stage}: {progress.loss:.4f}, held out {progress.held_out:.4f}"
+            bar.update(task, description=said, total=1.0, completed=progress.share)
+
+        plan = learn.tune(problem, nfe, seconds=60 * lesson.minutes, report=report)
+    plan.save(out)
+    learn.plot(plan, picture)
+    told = plan.provenance
+    say(
+        f"{out}: {plan.nfe} calls, held-out RMS error {number(told['error_before'])} -> {number(told['error_after'])} "
+        f"({told['started_from']} -> {told['stage']}), {duration(told['seconds'])}"
+    )
+
+
+def _tune_recipe(
+    lesson: Lesson, quality: float | None, budget: float | None, calls: str, out: Path, picture: Path
+) -> None:
+    from rich.console import Console
+
+    from fewstep import pipelines
+    from fewstep.eval.sweeps.specs import whole_numbers
+
+    if len(lesson.guidance) > 1:
+        raise ValueError(f"a recipe is for one guidance scale, got {lesson.guidance}")
+    with Console(stderr=True).status("tuning") as status:
+        found = pipelines.tune(
+            lesson.pipe, lesson.prompts, quality=quality, budget=budget, calls=whole_numbers(calls, "calls"),
+            guidance=lesson.guidance[0], minutes=lesson.minutes,
+            trajectories=lesson.trajectories, reference=lesson.teacher_steps, folder=lesson.work, tell=status.update,
+        )  # fmt: skip
+    found.save(out)
+    found.plot().savefig(picture, dpi=150)
+    told = found.provenance
+    say(f"{out}: {found}; held-out RMS error {number(told['error'])}, the work of {number(told['work'])} calls")
