@@ -1,5 +1,6 @@
 """TaylorSeer: which polynomials its two predictors forecast exactly, and where it computes."""
 
+import itertools
 import math
 
 import pytest
@@ -85,7 +86,7 @@ def test_hermite_takes_the_differences_times_scaled_polynomials(order, sigma):
     expected = 0.0
     for k in range(order + 1):
         expected += sigma**k * polynomials[k] / math.factorial(k) * row[0]
-        row = [(a - b) / (past[j] - past[j + 1]) for j, (a, b) in enumerate(zip(row, row[1:], strict=False))]
+        row = [(a - b) / (past[j] - past[j + 1]) for j, (a, b) in enumerate(itertools.pairwise(row))]
     assert forecast(caching.Hermite(order, sigma), values, past, step) == pytest.approx(expected, rel=1e-11)
 
 

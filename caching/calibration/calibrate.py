@@ -97,7 +97,7 @@ def calibrate(
             plan, quality = turn(method, wanted, test, tick, train=train)
     if not math.isfinite(quality.latent_rms):
         raise FewstepError(
-            f"{type(pipe).__name__} ends with latents that are not finite, with the best cache or without any; run it in float32"
+            f"{type(pipe).__name__} ends with latents that are not finite even with the best cache; run it in float32"
         )
     return _with_provenance(plan, quality, wanted, runs, held_out)
 

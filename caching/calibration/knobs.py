@@ -52,7 +52,7 @@ def turn(
 
     model = denoisers(test.pipe)[0]
     family, meter = family_of(model), meter or Meter(model)
-    reference = test.latents() if uncached is None else uncached
+    reference = test.uncached() if uncached is None else uncached
 
     def made(value: Any) -> tuple[CachePlan, Quality]:
         turned = replace(method, **{_knob(method): value})

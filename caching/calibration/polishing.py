@@ -103,6 +103,8 @@ def polished(
             [((change(best.moved(STEP * unit)) - off) / STEP * balance).ravel() for unit in np.eye(count)]
         )
         curvature, downhill = slopes @ slopes.T, -slopes @ (off * balance).ravel()
+        if not np.trace(curvature) > 0:  # no weight moves the end
+            return
         for damping in DAMPING:
             damped = curvature + damping * np.trace(curvature) / count * np.eye(count)
             tried = best.moved(np.linalg.solve(damped, downhill))

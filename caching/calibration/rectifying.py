@@ -139,7 +139,7 @@ def rectified(
     keys = affordable_steps(paths, most)
     actions = np.full((train.steps, 1), Action.REUSE, dtype=np.int8)
     actions[keys] = Action.COMPUTE
-    uncached, told = test.latents(), dict[str, Any]()
+    uncached, told = test.uncached(), dict[str, Any]()
     if method.adjust:
         grid = shortened(paths, keys, sigmas)
         told = {"sigmas": _given(train.pipe.scheduler, grid), "grid": grid}

@@ -136,7 +136,7 @@ def train(
     model = denoisers(train.pipe)[0]
     sites = tuple(method.gates(family_of(model)))
     costs = shares(CachePlan(sites, np.zeros((1, len(sites)), dtype=np.int8)), model)
-    bench = _Bench(method, sites, train, train.latents(), tick)
+    bench = _Bench(method, sites, train, train.uncached(), tick)
     interval = every(train.steps, max(round(1 / budget.value), 1))
     gates = _fresh(method, sites, costs, interval)
     tables = {"uniform": gates.actions(budget.value)}  # refuses a budget that cannot be kept, before the training
@@ -147,7 +147,7 @@ def train(
     gates = _fresh(method, sites, costs, tables[start])
     with _frozen(model):
         tables["trained"] = _trained(bench, gates, budget.value)
-    uncached, found = test.latents(), dict[str, tuple[CachePlan, Quality]]()
+    uncached, found = test.uncached(), dict[str, tuple[CachePlan, Quality]]()
     for name, table in tables.items():
         plan = bench.plan(table)
         found[name] = plan, measure(plan, test, uncached, plan.cost(model).share)

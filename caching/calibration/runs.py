@@ -88,6 +88,17 @@ class Runs:
         """The latents that the pipeline ends with as it is now, float32 on the CPU, (samples, ...)."""
         return torch.cat([self.batch_latents(i) for i in range(0, len(self), self.batch)])
 
+    def uncached(self) -> Tensor:
+        """:meth:`latents` as what others are held against.
+
+        Raises:
+            FewstepError: where they are not finite.
+        """
+        latents: Tensor = self.latents()
+        if not bool(latents.isfinite().all()):
+            raise FewstepError(f"{type(self.pipe).__name__} ends with latents that are not finite; run it in float32")
+        return latents
+
     @torch.no_grad()
     def batch_latents(self, begin: int) -> Tensor:
         """Those of the samples from ``begin`` on, one batch."""

@@ -60,12 +60,12 @@ class Setting:
     @cached_property
     def uncached(self) -> Tensor:
         """Latents of the training samples."""
-        return self.train.latents()
+        return self.train.uncached()
 
     @cached_property
     def uncached_test(self) -> Tensor:
         """Latents of the samples held out."""
-        return self.test.latents()
+        return self.test.uncached()
 
     def judged(self, plan: CachePlan, share: float) -> Judged:
         """The plan with its quality on the samples held out."""

@@ -119,5 +119,5 @@ def check_guidance(plan: SolverPlan, guidance: float) -> None:
         warnings.warn(
             f"this plan was learned at guidance {span} and is used at {guidance:g}; learn one for it",
             OutsideCalibration,
-            stacklevel=5,
+            stacklevel=4,  # who called set_timesteps
         )

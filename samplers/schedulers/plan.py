@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from fewstep.errors import FewstepError, GridError, unknown
 from fewstep.samplers.grid import Grid
@@ -52,11 +54,22 @@ class PlanScheduler(SolverScheduler):
         kept = {str(nfe): plan.to_dict() for nfe, plan in self.plans.items()}
         self.register_to_config(plan=kept if len(kept) > 1 else next(iter(kept.values())))
 
-    @functools.wraps(SolverScheduler.set_timesteps)
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | Grid | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a run of the plan with so many network calls; see :meth:`SolverScheduler.set_timesteps`.
+
+        Raises:
+            GridError: no plan has so many, or times or noise levels were given: plans have their own.
+        """
         if self.on_run is not None:
             self.on_run()
-        super().set_timesteps(*args, **kwargs)
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
 
     def solver(self) -> Solver:
         raise FewstepError("a PlanScheduler runs a finished plan; it has no solver to compile")
