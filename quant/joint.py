@@ -65,7 +65,7 @@ def fit_cache(
         >>> quant.quantize_(pipe.transformer, quant.W4A8())
         >>> caching.apply_(pipe, quant.fit_cache(pipe, plan, prompts))
     """
-    from fewstep.caching import controller_of
+    from fewstep.caching import CachePlan, controller_of
     from fewstep.caching.actions import Action
     from fewstep.caching.calibration.calibrate import default_guidance
     from fewstep.caching.calibration.fitting import Fitter
@@ -80,6 +80,8 @@ def fit_cache(
         raise FewstepError("a cache is fitted against the float layers; quantize_ the network with keep_originals=True")
     if controller_of(pipe) is not None:
         raise FewstepError("the pipeline has a cache; take it away before fitting one (caching.remove_)")
+    if not isinstance(plan, CachePlan):
+        raise FewstepError(f"plan is of type {type(plan).__name__}; give a CachePlan, such as caching.calibrate makes")
     if not (plan.actions == Action.REUSE).any():
         raise FewstepError("the cache plan reuses nothing that could be fitted")
     guidance = default_guidance(pipe) if guidance_scale is None else guidance_scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -37,11 +37,16 @@ class AttentionPlan:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if isinstance(self.blocks, Sequence):  # lists come from files
+            object.__setattr__(self, "blocks", tuple(self.blocks))
         for what, value, known in (("qk", self.qk, get_args(Scores)), ("pv", self.pv, get_args(Values))):
             if value not in known:
                 raise PlanError(unknown(what, value, known))
-        if len(self.blocks) != 2 or any(not isinstance(size, int) or size < 1 for size in self.blocks):
+        if (
+            not isinstance(self.blocks, tuple)
+            or len(self.blocks) != 2
+            or any(not isinstance(size, int) or size < 1 for size in self.blocks)
+        ):
             raise PlanError(f"blocks are {self.blocks}; give the tokens of queries and of keys that share a scale")
 
     def __str__(self) -> str:
@@ -79,6 +84,8 @@ def by_name(wanted: AttentionPlan | Mapping[str, AttentionPlan], names: Iterable
     there = list(names)
     if isinstance(wanted, AttentionPlan):
         wanted = {"*": wanted}
+    if not isinstance(wanted, Mapping):
+        raise PlanError(f"attention is {wanted!r:.60}; give an AttentionPlan, or some by name or pattern")
     for pattern in wanted:
         if not fnmatch.filter(there, pattern):
             raise PlanError(unknown("attention", pattern, there))

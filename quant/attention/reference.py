@@ -83,7 +83,10 @@ def rounded_values(value: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, 
     if plan.pv == "fp8":
         scale = (value.abs().amax(-2, keepdim=True) / E4M3.max).clamp(min=2.0**-126)
         return E4M3.round(value / scale), scale, E4M3.max
-    return (value.half().float() if plan.pv == "float16" else value), one, 1.0
+    if plan.pv != "float16":
+        return value, one, 1.0
+    scale = (value.abs().amax() / torch.finfo(torch.float16).max).clamp(min=1)  # bfloat16 reaches further than float16
+    return (value / scale).half().float(), scale, 1.0
 
 
 def rounded_probabilities(p: Tensor, plan: AttentionPlan) -> Tensor:

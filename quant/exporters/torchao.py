@@ -41,6 +41,8 @@ def to_torchao(plan: QuantPlan, *, strict: bool = True) -> Any:
         from torchao.quantization import FqnToConfig  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise FewstepError("torchao is not installed; pip install 'fewstep[quant]'") from error
+    if not isinstance(plan, QuantPlan):
+        raise PlanError(f"plan is of type {type(plan).__name__}; give a QuantPlan, such as config.plan(network) makes")
     configs: OrderedDict[str, Any] = OrderedDict()
     for name, layer in plan.layers.items():
         reason = unserved(layer, plan.shapes[name])
