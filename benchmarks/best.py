@@ -250,7 +250,10 @@ def searched(subject: Subject | Mixture, calls_list: Sequence[int], effort: Effo
 
 
 def fids(subject: Subject, entry: dict[str, Any], images: int, work: Path) -> dict[str, float]:
-    """FID of both sides' winners; a plan that no scheduler of ours makes goes into a file and is run from there."""
+    """FID of both sides' winners, where their pipeline runs them.
+
+    A plan that no scheduler of ours makes goes into a file and is run from there.
+    """
     found = {}
     for side in ("ours", "theirs"):
         spec, steps = entry[side][0]["scheduler"], entry["calls"]
@@ -263,7 +266,9 @@ def fids(subject: Subject, entry: dict[str, Any], images: int, work: Path) -> di
                 (plan,) = scheduler.plans.values()
                 plan.save(work / f"{name}.json")
                 spec = f"PlanScheduler(plan={str(work / f'{name}.json')!r})"
-        found[side] = float(quality(subject, spec, steps, images, work / name).value("fid"))
+        value = quality(subject, spec, steps, images, work / name).value("fid")
+        if value is not None:  # DDPMPipeline hands a generator to the scheduler, which diffusers' DEIS does not take
+            found[side] = float(value)
     return found
 
 
