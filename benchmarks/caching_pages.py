@@ -99,10 +99,14 @@ def picture(out: Path) -> None:
 
     bodies = [json.loads(path.read_text()) for path in sorted(out.glob("fashion-*.json"))]
     colours = {"fewstep": "#9aa0a6", "DeepCache 0.1.1": "#d1495b", "diffusers": "#edae49", "cache-dit": "#66a182"}
+    columns = min(3, len(bodies))
+    rows = -(-len(bodies) // columns)
     figure, axes = plt.subplots(
-        1, len(bodies), figsize=(4.2 * len(bodies), 3.8), squeeze=False, constrained_layout=True
+        rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False, constrained_layout=True
     )
-    for axis, body in zip(axes[0], bodies, strict=True):
+    for axis in axes.flat[len(bodies) :]:
+        axis.set_visible(False)
+    for axis, body in zip(axes.flat, bodies, strict=False):
         entries = [e for e in body["arms"] if e.get("latent_rms", 0) > 0]
         for name, colour in colours.items():
             own = [e for e in entries if kind(e["arm"]) == name and not is_plan(e["arm"])]
