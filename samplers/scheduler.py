@@ -77,6 +77,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     timesteps: Tensor
     sigmas: Tensor
     num_inference_steps: int | None
+    on_run: Callable[[], None] | None = None
+    """Called whenever a run begins; who put the scheduler into a pipeline may look at that then."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -211,6 +213,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             GridError: a grid that does not decrease, has NaN, or no positive number of steps; the index is named.
         """
+        if self.on_run is not None:
+            self.on_run()
         if mu is not None and not is_flow(self.config):
             raise FewstepError("mu shifts the grid of flow models; this scheduler's model is none")
         levels = sigmas if isinstance(sigmas, Grid) else _numbers(sigmas)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
 
 from fewstep.errors import FewstepError, GridError, unknown
 from fewstep.samplers.grid import Grid
@@ -32,8 +29,6 @@ class PlanScheduler(SolverScheduler):
     """
 
     options: ClassVar[dict[str, Any]] = {"plan": None}
-    on_run: Callable[[], None] | None = None
-    """Called whenever a run begins; who put the scheduler into a pipeline may look at that then."""
 
     @classmethod
     def from_plan(cls, plan: SolverPlan, config: Mapping[str, Any], **kwargs: Any) -> PlanScheduler:
@@ -53,23 +48,6 @@ class PlanScheduler(SolverScheduler):
             plan.check_schedule(self.schedule)
         kept = {str(nfe): plan.to_dict() for nfe, plan in self.plans.items()}
         self.register_to_config(plan=kept if len(kept) > 1 else next(iter(kept.values())))
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | Grid | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """Begin a run of the plan with so many network calls; see :meth:`SolverScheduler.set_timesteps`.
-
-        Raises:
-            GridError: no plan has so many, or times or noise levels were given: plans have their own.
-        """
-        if self.on_run is not None:
-            self.on_run()
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
 
     def solver(self) -> Solver:
         raise FewstepError("a PlanScheduler runs a finished plan; it has no solver to compile")
