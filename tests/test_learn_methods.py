@@ -288,6 +288,9 @@ def test_tune_beats_the_best_untuned_plan_where_it_has_not_looked(name):
     assert mean_error(plan, fresh) < 0.75 * best
     told = plan.provenance
     assert told["error_after"] < told["error_before"]
+    train, judge = known.split(len(known) // 3)
+    usual = min(learn.untuned(train, 5, samples=8)[:3], key=lambda u: mean_error(u.plan, judge))
+    assert told["error_after"] <= mean_error(learn.least_squares(usual.plan, train, free=True), judge)  # it began there
     assert 0 < reports[0].share <= reports[-1].share <= 1
     assert min(h["held_out"] for h in told["history"]) == told["error_after"]
 

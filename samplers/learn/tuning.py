@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fewstep.errors import FewstepError
-from fewstep.samplers.learn.fitting.levenberg import SECANTS, calls_of_a_set, levenberg
+from fewstep.samplers.grid import Grid
+from fewstep.samplers.learn.fitting.levenberg import SECANTS, Iteration, calls_of_a_set, levenberg
 from fewstep.samplers.learn.fitting.mixture import Mixture, grid_of
 from fewstep.samplers.learn.fitting.parameters import Parameters, Part
 from fewstep.samplers.learn.fitting.rows import least_squares
@@ -24,8 +25,6 @@ from fewstep.samplers.plan import SolverPlan
 FEWEST = 8
 SHARE = 0.2
 """A set of differences takes at most this share of the time that is left: fewer trajectories, but not fewer than FEWEST."""
-MUCH = 0.9
-"""Share of the held-out error that rows by least squares may leave to be gone on from."""
 PATIENCE = 3
 """Steps that do not help on held-out trajectories, after which a stage is over."""
 
@@ -45,12 +44,25 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-STAGES: tuple[tuple[str, tuple[Part, ...], int, int], ...] = (
-    ("grid", ("grid", "times"), 32, 4),
-    ("coefficients", ("grid", "times", "mix"), 80, 8),
-    ("free rows", ("grid", "times", "mix", "scale"), 80, 12),
-)
-"""(name, what is free, trajectories, sets of differences) of the stages; each goes on from the best plan so far."""
+
+
+class Stage(NamedTuple):
+    """What is searched, and what for."""
+
+    name: str
+    parts: tuple[Part, ...]
+    samples: int
+    """Trajectories, at most."""
+    sets: int
+    """Of differences, at most."""
+    share: float
+    """Of the time that is left."""
+    worth: int
+    """Trajectories without which it is left out, and its time for what follows."""
+
+
+GRID = Stage("grid", ("grid", "times"), samples=32, sets=4, share=1 / 3, worth=FEWEST)
+ROWS = Stage("free rows", ("grid", "times", "mix", "scale"), samples=80, sets=12, share=1.0, worth=0)
 
 
 def tune(
@@ -64,15 +76,16 @@ def tune(
 ) -> SolverPlan:
     """The best plan of so many calls that can be learned from ``problem`` in that time.
 
-    Starts from the best untuned solver and grid. First its grid and model times are fitted; its rows then have a closed form,
-    from which coefficients and grid go on together; then rows whose marginals need not be kept, all by Levenberg and Marquardt's
-    method. What every step finds is judged on held-out trajectories; the best there is returned, and that is the untuned plan
-    where nothing beat it.
+    Starts from the best untuned solver and grid. Its rows have a closed form (:func:`least_squares`), which costs one run and
+    is all that little time allows. Then the grid and the times that the network is told are searched, and rows follow in closed
+    form again. From the better of the two, and if time is left from the other, all numbers are searched together, by Levenberg
+    and Marquardt's method. What every step finds is judged on held-out trajectories; the best there is returned, and that is
+    the untuned plan where nothing beat it.
 
     Args:
         seconds: of learning; it ends earlier where nothing improves.
         start: a learned plan to go on from, of another model for example: plans carry over between models of one noise
-            schedule. Where it beats the best untuned plan the stages that find the way are left out.
+            schedule. Where it beats the best untuned plan its grid is not searched by itself again.
         held_out: trajectories to judge by; a third if left out.
 
     Returns:
@@ -87,14 +100,13 @@ def tune(
         )
     held_out = max(1, len(problem) // 3) if held_out is None else held_out
     tuning = _Tuning(*problem.split(held_out), nfe, seconds, report)
-    stages = STAGES
-    if start is not None and tuning.go_on_from(_given(start, tuning.judge, nfe)):
-        stages = STAGES[-1:]
-    tuning.sets = sum(count for *_, count in stages)
-    for stage in stages:
-        tuning.run(*stage)
-        if stage[0] == "grid":
-            tuning.rows()
+    given = start is not None and tuning.take(_given(start, tuning.judge, nfe))
+    first = tuning.best
+    begins = [tuning.rows(first)]
+    if not given and (placed := tuning.search(first, GRID)) is not first:
+        begins.append(tuning.rows(placed))
+    for begin in sorted(begins, key=lambda u: u.error):
+        tuning.search(begin, ROWS)
     return tuning.result(problem.about)
 
 
@@ -114,59 +126,61 @@ class _Tuning:
             )
         self.pace = (time.monotonic() - before) / (len(few) * nfe * len(judge))
         """Seconds of a network call for a sample."""
-        self.start = min(judged, key=lambda u: u.error)
-        self.untouched, self.begin = self.start.error, f"{self.start.solver} on {self.start.grid.name}"
-        self.stage, self.history, self.idle, self.sets = "untuned", list[dict[str, float | None]](), 0, 1
+        self.best = _least(*judged)
+        self.untouched, self.begin = self.best.error, f"{self.best.solver} on {self.best.grid.name}"
+        self.stage, self.history = "untuned", list[dict[str, float | None]]()
 
     @property
     def spent(self) -> float:
         return time.monotonic() - self.began
 
-    def go_on_from(self, given: Untuned) -> bool:
-        """Take ``given`` for what is best so far, if it is."""
-        if better := given.error < self.start.error:
-            self.start, self.stage, self.begin = given, "given", given.plan.method
+    def take(self, given: Untuned) -> bool:
+        """Whether ``given`` is better than what is best so far; it is what is best then."""
+        if better := given.error < self.best.error:
+            self.best, self.stage, self.begin = given, "given", given.plan.method
         return better
 
-    def seen(self, plan: SolverPlan, loss: float, stage: str) -> bool:
-        """Judge a plan, keep it if it is the best, and say whether the stage may go on."""
+    def seen(self, plan: SolverPlan, loss: float, stage: str) -> Untuned:
+        """Judge a plan, and keep it if it is the best."""
         found = float(error(plan, self.judge).mean())
+        here = Untuned(Mixture.of(plan, self.train.schedule), _learned_grid(plan, self.train), plan, found)
         self.history.append({"seconds": self.spent, "loss": loss, "held_out": found if math.isfinite(found) else None})
-        self.idle = 0 if found < 0.995 * self.start.error else self.idle + 1
-        if found < self.start.error:
-            self.start, self.stage = _as_start(plan, found, self.train), stage
+        if found < self.best.error:
+            self.best, self.stage = here, stage
         if self.report is not None:
-            share = max(len(self.history) / (self.sets * (1 + SECANTS)), self.spent / self.seconds)
-            self.report(Progress(min(share, 1.0), stage, loss, self.start.error, self.start.plan))
-        return self.idle < PATIENCE
+            sets = GRID.sets + 2 * ROWS.sets
+            share = max(len(self.history) / (sets * (1 + SECANTS)), self.spent / self.seconds)
+            self.report(Progress(min(share, 1.0), stage, loss, self.best.error, self.best.plan))
+        return here
 
-    def run(self, stage: str, parts: tuple[Part, ...], samples: int, sets: int) -> None:
-        """Levenberg and Marquardt's method on these parts, on as many trajectories as the time allows."""
-        left = self.seconds - self.spent
-        parameters = Parameters(self.start.solver, self.train.schedule, self.start.grid, parts)
+    def search(self, begin: Untuned, stage: Stage) -> Untuned:
+        """The best of what Levenberg and Marquardt's method finds from ``begin``, on as many trajectories as time allows."""
+        left = stage.share * (self.seconds - self.spent)
+        parameters = Parameters(begin.solver, self.train.schedule, begin.grid, stage.parts)
         if left <= 0 or not len(parameters.vector()):
-            return
+            return begin
         affordable = SHARE * left / (self.pace * max(1, calls_of_a_set(parameters)))
-        some = self.train.take(slice(0, int(max(FEWEST, min(samples, affordable)))))
-        self.idle = 0
-        levenberg(
-            parameters,
-            some,
-            iterations=sets,
-            seconds=left,
-            report=lambda i: self.seen(parameters.frozen(), i.loss, stage),
-        )
+        if affordable < stage.worth:
+            return begin
+        some = self.train.take(slice(0, int(max(FEWEST, min(stage.samples, affordable)))))
+        best, idle = begin, 0
 
-    def rows(self) -> None:
-        """The closed form for the rows: one run of all trajectories, and a better start for what follows if it gains much.
+        def goes_on(step: Iteration) -> bool:
+            nonlocal best, idle
+            here = self.seen(parameters.frozen(), step.loss, stage.name)
+            idle = 0 if here.error < 0.995 * best.error else idle + 1
+            best = _least(best, here)
+            return idle < PATIENCE
 
-        A greedy fit that gains little is a dead end: what is fitted from there on ends worse.
-        """
+        levenberg(parameters, some, iterations=stage.sets, seconds=left, report=goes_on)
+        return best
+
+    def rows(self, begin: Untuned) -> Untuned:
+        """``begin`` with the closed form for its rows, which costs one run of all trajectories, if that is better."""
         if self.spent >= self.seconds:
-            return
-        plan = least_squares(self.start.plan, self.train, ridge=1e-2)
-        if float(error(plan, self.judge).mean()) < MUCH * self.start.error:
-            self.seen(plan, float(error(plan, self.train).mean()), "rows")
+            return begin
+        plan = least_squares(begin.plan, self.train, free=True)
+        return _least(begin, self.seen(plan, float(error(plan, self.train).mean()), "rows"))
 
     def result(self, about: Mapping[str, Any]) -> SolverPlan:
         told: dict[str, Any] = {
@@ -177,24 +191,28 @@ class _Tuning:
             "trajectories": len(self.train),
             "held_out": len(self.judge),
             "error_before": self.untouched,
-            "error_after": self.start.error,
+            "error_after": self.best.error,
             "seconds": round(self.spent, 1),
             "history": self.history,
             "date": date.today().isoformat(),
         }
-        return replace(self.start.plan, provenance=told)
+        return replace(self.best.plan, provenance=told)
 
 
-def _as_start(plan: SolverPlan, found: float, problem: Problem) -> Untuned:
-    grid = replace(grid_of(plan, problem.schedule), name="a learned grid")
-    return Untuned(Mixture.of(plan, problem.schedule), grid, plan, found)
+def _least(*found: Untuned) -> Untuned:
+    return min((u for u in found if math.isfinite(u.error)), key=lambda u: u.error)
+
+
+def _learned_grid(plan: SolverPlan, problem: Problem) -> Grid:
+    return replace(grid_of(plan, problem.schedule), name="a learned grid")
 
 
 def _given(plan: SolverPlan, judge: Problem, nfe: int) -> Untuned:
     plan.check_schedule(judge.schedule, "the plan to start from")
     if plan.nfe != nfe:
         raise FewstepError(f"the plan to start from has {plan.nfe} calls, {nfe} were asked for")
-    return _as_start(plan, float(error(plan, judge).mean()), judge)
+    found = float(error(plan, judge).mean())
+    return Untuned(Mixture.of(plan, judge.schedule), _learned_grid(plan, judge), plan, found)
 
 
 def auto(
