@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,10 @@ def plot(plan: SolverPlan, path: str | Path | None = None, *, before: SolverPlan
     left, right = figure.subplots(1, 2)
     history = plan.provenance.get("history", [])
     seconds = [h["seconds"] for h in history]
-    left.plot(seconds, [h["loss"] for h in history], label="learned from", color="#3b82f6")
-    left.plot(seconds, [h["held_out"] for h in history], label="held out", color="#e8590c")
+    held_out = [math.inf if h["held_out"] is None else h["held_out"] for h in history]
+    left.plot(seconds, [h["loss"] for h in history], ".", label="learned from", color="#3b82f6")
+    left.plot(seconds, held_out, ".", label="held out", color="#e8590c")
+    left.step(seconds, list(accumulate(held_out, min)), where="post", label="the best, held out", color="#e8590c")
     if (error := plan.provenance.get("error_before")) is not None:
         left.axhline(error, color="#868e96", linestyle="--", label="best untuned, held out")
     left.set(xlabel="seconds", ylabel="RMS error of latents", yscale="log" if history else "linear")
