@@ -49,6 +49,14 @@ def test_scales_and_dtypes_are_taken():
     assert float((got.float() - want).norm() / want.norm()) < 0.02
 
 
+def test_values_beyond_float16_do_not_overflow():
+    q, k, v = qkv(40, 50, 32, 32)
+    far = (2.0**20 * v).bfloat16()  # a power of two: the same numbers, further out
+    got = kernels.int8_attention(q, k, far) / 2.0**20
+    want = kernels.int8_attention(q, k, v.bfloat16())
+    assert float((got - want).abs().max()) <= 2.0**-10 * float(v.abs().max())  # both round values to float16's 11 bits
+
+
 def test_what_it_does_not_take_is_said():
     q, k, v = qkv(8, 8, 16, 16)
     for call, says in (

@@ -210,4 +210,4 @@ _ROWS = {"x": "*bf16", "smooth": "*fp32", "down": "*bf16", "static": "*fp32", "p
 _MIXED = {k: v for k, v in _ROWS.items() if k != "static"}
 _MIXED |= {"order": "*i32", "codes8": "*i8", "scales8": "*fp32", "codes4": "*u8", "scales4": "*fp32"}
 _CONV = {"x": "*i8", "sx": "*fp32", "w": "*i8", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
-_ATTENTION = {"q": "*i8", "sq": "*fp32", "k": "*i8", "sk": "*fp32", "v": "*fp16", "out": "*bf16"}
+_ATTENTION = {"q": "*i8", "sq": "*fp32", "k": "*i8", "sk": "*fp32", "v": "*fp16", "sv": "*fp32", "out": "*bf16"}

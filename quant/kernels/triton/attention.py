@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.quant.attention.plan import AttentionPlan
-from fewstep.quant.attention.reference import rounded_tokens, smoothed
+from fewstep.quant.attention.reference import rounded_tokens, rounded_values, smoothed
 from fewstep.quant.kernels.triton.launch import FLOATS, config, launch, ready
 
 LARGEST_HEAD = 256
@@ -67,14 +67,14 @@ def int8_attention(
     codes = [side.to(torch.int8).contiguous() for side, _ in sides]
     # One scale a block is all that the kernel reads.
     steps = [s[..., ::block, 0].contiguous() for (_, s), block in zip(sides, plan.blocks, strict=True)]
-    values = value.half().contiguous()
+    values, step, _ = rounded_values(value, plan)
     out = torch.empty(batch, heads, tokens, value.shape[3], dtype=query.dtype, device=query.device)
     if out.numel():
         from fewstep.quant.kernels.triton.jit.attention import int8_attention as kernel
 
         launch(
             kernel, -(-tokens // tile.block_m) * batch * heads, query.device, tile,
-            codes[0], steps[0], codes[1], steps[1], values, out, tokens, key.shape[2],
+            codes[0], steps[0], codes[1], steps[1], values.half().contiguous(), step.reshape(1), out, tokens, key.shape[2],
             tokens * dim, key.shape[2] * dim, key.shape[2] * value.shape[3],
             D=dim, E=value.shape[3], WIDE_D=_wide(dim), WIDE_E=_wide(value.shape[3]),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCKS_Q=plan.blocks[0], BLOCKS_K=plan.blocks[1],

@@ -10,15 +10,15 @@ import triton.language as tl
 
 @triton.jit
 def int8_attention(
-    q, sq, k, sk, v, out, L, S, stride_heads_q, stride_heads_k, stride_heads_v,
+    q, sq, k, sk, v, sv, out, L, S, stride_heads_q, stride_heads_k, stride_heads_v,
     D: tl.constexpr, E: tl.constexpr, WIDE_D: tl.constexpr, WIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_Q: tl.constexpr, BLOCKS_K: tl.constexpr,
 ):  # fmt: skip
-    """out[h, l] = sum_s 2^(S[l, s] - max S) v[s] / sum_s 2^(S[l, s] - max S), S = sq sk (q k^T).
+    """out[h, l] = sv sum_s 2^(S[l, s] - max S) v[s] / sum_s 2^(S[l, s] - max S), S = sq sk (q k^T).
 
     ``q`` (H, L, D) and ``k`` (H, S, D) int8 with float32 scales ``sq`` (H, ceil(L / BLOCKS_Q)) and ``sk`` of blocks of
-    tokens; BLOCK_M divides BLOCKS_Q and BLOCK_N divides BLOCKS_K, so that a tile has one scale. ``v`` (H, S, E) float16.
-    WIDE_D and WIDE_E are D and E up to a power of two.
+    tokens; BLOCK_M divides BLOCKS_Q and BLOCK_N divides BLOCKS_K, so that a tile has one scale. ``v`` (H, S, E) float16 and
+    its scale ``sv`` (1,) float32. WIDE_D and WIDE_E are D and E up to a power of two.
     """
     tiles = tl.cdiv(L, BLOCK_M)
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -51,5 +51,5 @@ def int8_attention(
         acc = tl.dot(p.to(tl.float16), values, acc * shrink[:, None], out_dtype=tl.float32)
         top = higher
     place = out + (head * L + m[:, None]) * E + e[None, :]
-    result = acc / total[:, None]
+    result = acc / total[:, None] * tl.load(sv)
     tl.store(place, result.to(out.dtype.element_ty), mask=(m[:, None] < L) & (e[None, :] < E))
