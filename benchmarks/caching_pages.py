@@ -91,45 +91,39 @@ def is_plan(name: str) -> bool:
 
 
 def picture(out: Path) -> None:
-    """Error against MACs of all models measured so far."""
+    """Error against MACs of all models measured so far: a column a model, a row a number of steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     bodies = [json.loads(path.read_text()) for path in sorted(out.glob("fashion-*.json"))]
+    models = list(dict.fromkeys(body["model"] for body in bodies))
+    steps = sorted({body["steps"] for body in bodies})
     colours = {"fewstep": "#9aa0a6", "DeepCache 0.1.1": "#d1495b", "diffusers": "#edae49", "cache-dit": "#66a182"}
-    columns = min(3, len(bodies))
-    rows = -(-len(bodies) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False, constrained_layout=True
-    )
-    for axis in axes.flat[len(bodies) :]:
+        len(steps), len(models), figsize=(3.2 * len(models), 3.1 * len(steps) + 0.4),
+        squeeze=False, sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
         axis.set_visible(False)
-    for axis, body in zip(axes.flat, bodies, strict=False):
+    for body in bodies:
+        axis = axes[steps.index(body["steps"]), models.index(body["model"])]
+        axis.set_visible(True)
         entries = [e for e in body["arms"] if e.get("latent_rms", 0) > 0]
         for name, colour in colours.items():
             own = [e for e in entries if kind(e["arm"]) == name and not is_plan(e["arm"])]
-            axis.scatter(
-                [e["macs"] for e in own], [e["latent_rms"] for e in own], s=16, c=colour, label=name if own else None
-            )
-        own = sorted((e for e in entries if is_plan(e["arm"])), key=lambda e: e["macs"])
+            axis.scatter([e["macs"] for e in own], [e["latent_rms"] for e in own], s=14, c=colour, label=name)
+        own = [e for e in entries if is_plan(e["arm"])]
         axis.scatter(
-            [e["macs"] for e in own],
-            [e["latent_rms"] for e in own],
-            s=60,
-            marker="*",
-            c="#00798c",
+            [e["macs"] for e in own], [e["latent_rms"] for e in own], s=70, marker="*", c="#00798c",
             label="fewstep, calibrated plans",
-        )
-        axis.set(
-            title=f"{body['model']}, {body['steps']} steps",
-            xlabel="executed MACs, share of all",
-            yscale="log",
-            ylabel="latent RMS error",
-        )
+        )  # fmt: skip
+        axis.set(title=f"{body['model']}, {body['steps']} steps", yscale="log")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, frameon=False)
+    figure.supxlabel("executed MACs, share of all")
+    figure.supylabel("latent RMS error")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_bytes(out / "pareto.png", buffer.getvalue())

@@ -251,6 +251,7 @@ def methods(name: str, nfe: int, options: argparse.Namespace) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(entries))
         print(f"{subject.name} {nfe} {label}: {entries[label]['error']:.4f}, {seconds:.0f} s", flush=True)
+    entries = {label: entries[label] for label in METHODS if label in entries}
     body = {
         "model": subject.name,
         "calls": nfe,
