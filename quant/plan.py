@@ -89,6 +89,9 @@ class QuantPlan:
         total = sum(map(self.numel, self.layers))
         return 8 * sum(map(self.layer_bytes, self.layers)) / total if total else float(FLOAT_BITS)
 
+    def __repr__(self) -> str:
+        return str(self)  # a notebook shows it; the layers are an attribute
+
     def __str__(self) -> str:
         head = (
             f"{self.method} for {self.model}: {len(self.layers)} of {len(self.shapes)} layers, {self.bits:.2f} bits a weight, "

@@ -161,6 +161,9 @@ class Grid:
         """The same grid, but the network is told ``model_time`` (N numbers)."""
         return Grid(self.t, self.lam, f64(model_time), self.schedule, f"{self.name}+model_time")
 
+    def __repr__(self) -> str:
+        return str(self)  # a notebook shows it; the arrays are attributes
+
     def __str__(self) -> str:
         rows = [f"Grid {self.name}: {self.steps} steps, {self.schedule.family}"]
         for i, (lam, sigma) in enumerate(zip(self.lam.tolist(), self.noise_levels.tolist(), strict=True)):

@@ -162,6 +162,9 @@ class SolverPlan:
             h.update(getattr(self, name).detach().contiguous().numpy().tobytes())
         return h.hexdigest()[:16]
 
+    def __repr__(self) -> str:
+        return str(self)  # a notebook shows it; the arrays are attributes
+
     def __str__(self) -> str:
         kind = "stochastic" if self.has_noise else "deterministic"
         head = (

@@ -219,6 +219,11 @@ class DiscreteVP(NoiseSchedule):
             at = int((~(self.log_rho.diff() > 0)).nonzero()[0])
             raise FewstepError(f"noise must grow with the training index; it does not from index {at} to {at + 1}")
 
+    def __repr__(self) -> str:
+        least, most = self.log_rho[[0, -1]].exp().tolist()
+        levels = f"{len(self.log_rho)} noise levels, sigma/alpha {least:.4g} to {most:.4g}"
+        return f"DiscreteVP({levels}, predicts {self.prediction})"
+
     @staticmethod
     def from_betas(
         betas: Tensor | Sequence[float],

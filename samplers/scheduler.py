@@ -104,6 +104,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 raise FewstepError(unknown(f"config key of {cls.__name__}", key, known - {"self"}))
         if isinstance(config, Mapping):
             config = normalised(config)
+            if "plan" not in known:  # a PlanScheduler's: arrays that tell nothing about the model
+                config.pop("plan", None)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def _configure(self) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fewstep
 from fewstep import cli
 from fewstep.eval.sweeps.specs import split_top_level, whole_numbers
 
@@ -36,6 +37,10 @@ def test_no_arguments_is_help():
     )
     assert done.returncode == 0
     assert "Usage" in done.stdout
+
+
+def test_the_version_is_told(capsys):
+    assert run(capsys, "--version") == (0, f"fewstep {fewstep.__version__}\n", "")
 
 
 def test_models_are_listed(capsys):
@@ -208,11 +213,15 @@ def test_a_file_with_options_over_it_is_tried_run_looked_at_and_compared(capsys,
 def test_the_state_of_a_sweep_with_a_failed_cell_is_exit_code_1(capsys, tmp_path):
     from tests.eval_fixtures import tiny_sweep
 
-    tiny_sweep(steps=(2000, 2), schedulers=("diffusers:DDIMScheduler",), metrics=()).run(tmp_path, progress=False)
+    sweep = tiny_sweep(steps=(2000, 2), schedulers=("diffusers:DDIMScheduler",), metrics=(), guidance=(1.0, 2.0))
+    sweep.run(tmp_path)
+    told = [line for line in capsys.readouterr().err.splitlines() if "DDIMScheduler, 2 steps" in line]
+    assert all(any(f"2 steps, guidance {scale}: " in line for line in told) for scale in (1, 2))
     code, out, _ = run(capsys, "status", tmp_path)
     assert code == 1
-    assert "1 of 2 cells done, 1 failed" in out
-    assert "failed: diffusers:DDIMScheduler, 2000 steps: ValueError" in out
+    assert "2 of 4 cells done, 2 failed" in out
+    for scale in (1, 2):
+        assert f"failed: diffusers:DDIMScheduler, 2000 steps, guidance {scale}: ValueError" in out
 
 
 def test_generate_takes_any_saved_pipeline_and_asks_it_as_its_family_wants(capsys, tmp_path):

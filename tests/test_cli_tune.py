@@ -4,6 +4,7 @@ import pytest
 
 from fewstep import cli, pipelines
 from fewstep.errors import FewstepError
+from fewstep.samplers import learn
 
 
 @pytest.mark.parametrize(("model", "given", "guidance"), [
@@ -21,6 +22,17 @@ def test_a_recipe_is_tuned_at_the_guidance_that_help_says(monkeypatch, tmp_path,
     assert cli.run([*command, *given]) == 2
     assert "enough was seen" in capsys.readouterr().err
     assert asked["guidance"] == guidance
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_a_file_that_cannot_be_written_is_told_before_the_minutes_of_learning(monkeypatch, tmp_path, capsys, option):
+    (tmp_path / "taken").write_text("a file where a folder belongs")
+    monkeypatch.setattr(learn, "Teacher", lambda *given, **options: pytest.fail("it began to learn"))
+    paths = {"--out": "plan.json", "--plot": "plan.png", option: "taken/plan.json"}
+    command = ["tune", "--sampler", "--device", "cpu", "-m", "fashion-dit-small"]
+    assert cli.run([*command, *(part for name, path in paths.items() for part in (name, str(tmp_path / path)))]) == 2
+    assert "taken" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_help_shows_every_default_in_brackets(capsys, monkeypatch):

@@ -94,6 +94,18 @@ def test_ddim_hands_its_eta_to_the_scheduler():
     assert not torch.equal(plain, draw(pipe, [""], [0], steps=3, guidance=1.0, call={"eta": 1.0}))
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sd3])
+def test_one_negative_prompt_is_that_of_every_image(make):
+    """Stable Diffusion's pipeline itself refuses a string beside a list of prompts."""
+    pipe = make()
+    plain, one, each = (
+        draw(pipe, PROMPTS[:2], [0, 1], steps=2, guidance=3.0, call=call)
+        for call in ({}, {"negative_prompt": "a wide bag"}, {"negative_prompt": ["a wide bag"] * 2})
+    )
+    assert torch.equal(one, each)
+    assert not torch.equal(one, plain)
+
+
 @pytest.mark.parametrize(
     ("make", "prompts", "call", "said"),
     [

@@ -393,3 +393,13 @@ def test_a_tail_cannot_begin_where_no_network_is_called(plan):
     with pytest.raises(PlanError, match="row 2 does not call"):
         quiet.tail(2)
     assert quiet.tail(3).steps == 1
+
+
+def test_reprs_are_for_people_and_not_of_arrays():
+    """What a notebook shows of the last value of a cell; a schedule's table alone is a thousand numbers."""
+    schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    grid = Grid.karras(schedule, 4)
+    plan = DPMSolver().compile(schedule, grid)
+    assert (repr(plan), repr(grid)) == (str(plan), str(grid))
+    assert repr(schedule) == "DiscreteVP(1000 noise levels, sigma/alpha 0.02917 to 14.61, predicts epsilon)"
+    assert all("tensor" not in repr(one) for one in (schedule, grid, plan))

@@ -1,7 +1,10 @@
 """The scheduler that runs a plan, or one of several by their number of calls."""
 
+import copy
 import json
+import pickle
 
+import diffusers
 import pytest
 import torch
 
@@ -72,3 +75,20 @@ def test_plan_scheduler_knows_the_plans_that_come_with_a_model():
     s = samplers.PlanScheduler.from_config(config, plan="fashion-dit-small")
     s.set_timesteps(8)
     assert s.plan.digest == learn.load("fashion-dit-small", 8).digest
+
+
+def test_a_plan_is_neither_printed_nor_handed_on_with_the_config(caplog):
+    """Its arrays are hundreds of numbers: a warning, a repr and the config of another scheduler are no place for them."""
+    schedule = NoiseSchedule.from_config(SD)
+    plan = DPMSolver(order=3).compile(schedule, Grid.karras(schedule, 6))
+    s = samplers.PlanScheduler.from_plan(plan, SD)
+    ours = samplers.UniPCScheduler.from_config(s.config)
+    assert not caplog.records
+    diffusers.UniPCMultistepScheduler.from_config(s.config)  # warns of the keys that it does not know, with values
+    assert "'plan': <the plans of a PlanScheduler>" in caplog.text
+    assert "plan" not in ours.config
+    assert f'"6": "{plan.method}"' in repr(s)
+    assert "fingerprint" not in repr(s)
+    for same in (copy.deepcopy(s), pickle.loads(pickle.dumps(s)), samplers.PlanScheduler.from_config(s.config)):
+        assert same.config.plan == plan.to_dict()
+        assert repr(same) == repr(s)

@@ -65,7 +65,7 @@ def test_a_file_keeps_everything(pipe, tmp_path):
     recipe = replace(whole(pipe), provenance={"why": "a test"})
     recipe.save(tmp_path / "mine.json")
     again = Recipe.load(tmp_path / "mine.json")
-    assert str(again) == str(recipe)
+    assert str(again) == str(recipe) == repr(recipe)
     assert again.call == recipe.call == {"num_inference_steps": STEPS, "guidance_scale": 3.0}
     assert again.provenance == {"why": "a test"}
     with pipelines.applied(pipe, recipe):

@@ -29,6 +29,8 @@ def test_specs():
     [
         ("UniPCC", "did you mean 'UniPC'"),
         ("UniPC(solver_ordr=3)", "did you mean 'solver_order'"),
+        ("UniPC(order=3)", "did you mean 'solver_order'"),
+        ("diffusers:unipc", "did you mean 'UniPCMultistepScheduler'"),
         ("UniPC(3)", "key=value"),
         ("UniPC(order=", "key=value"),
         ("", "key=value"),

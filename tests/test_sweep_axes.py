@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fewstep.eval import CallCounter, ClipScore, Fid, Results, Sweep, fingerprin
 from fewstep.eval.drawing.scheduling import with_grid
 from fewstep.eval.fingerprint import tensor_bytes
 from fewstep.eval.reports.decisions import Decisions
+from fewstep.eval.sweeps.cell import titles
 from fewstep.eval.sweeps.store import opened, read_samples
 from fewstep.eval.sweeps.transforms import Transform, make_transform
 from fewstep.samplers import DPMSolver, Grid, NoiseSchedule
@@ -33,6 +35,16 @@ ONE = {"schedulers": ("diffusers:DDIMScheduler",), "steps": (2,), "metrics": (),
 @pytest.fixture(scope="module")
 def pipe():
     return tiny_pipeline()
+
+
+def test_titles_name_the_axes_that_tell_cells_apart():
+    cells = tiny_sweep(steps=(2, 3), guidance=(1.0, 2.5), schedulers=("DDIM",), blocks=2, samples=4).cells
+    assert {f"DDIM, {n} steps, guidance {g}, seeds from {s}" for n in (2, 3) for g in ("1", "2.5") for s in (0, 4)} == {
+        *titles(cells).values()
+    }
+    assert [*titles(cells[:1]).values()] == [cells[0].title]
+    models = [replace(cells[0], model=name) for name in ("mine", "yours")]
+    assert [*titles(models).values()] == [f"mine: {cells[0].title}", f"yours: {cells[0].title}"]
 
 
 def half_fid() -> Fid:

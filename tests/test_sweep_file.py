@@ -99,6 +99,12 @@ def test_a_mistake_in_a_file_is_one_line_that_names_file_key_and_value(tmp_path,
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_prompts_without_a_prompt_is_refused(tmp_path):
+    (tmp_path / "blank.txt").write_text("\n  \n")
+    with pytest.raises(ValueError, match=r"prompts_file '.*blank.txt' holds no prompt; give one a line"):
+        Sweep.from_file(written(tmp_path, GOOD + "prompts_file = 'blank.txt'"))
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         Sweep.from_file(tmp_path / "none.toml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ Family = Literal["text", "class", "unconditional"]
 # What a call takes tells the family, so that pipelines nobody here has heard of are asked rightly too. The first hit
 # counts: a pipeline that takes prompts may take other things beside them.
 _TOLD_BY: dict[str, Family] = {"prompt": "text", "class_labels": "class", "batch_size": "unconditional"}
+# Some pipelines refuse one negative prompt beside several prompts.
+_TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
 _NEEDED = ("generator", "num_inference_steps", "output_type")
 
 
@@ -95,7 +98,8 @@ def request(
         generators: on the CPU, one a sample.
         steps: ``num_inference_steps``.
         guidance: classifier-free guidance scale, handed on where the pipeline takes one.
-        call: further arguments, over what :func:`call_defaults` and this function choose.
+        call: further arguments, over what :func:`call_defaults` and this function choose. A prompt or negative prompt
+            that is one string is that of every image.
 
     Raises:
         FewstepError: for a pipeline that cannot be asked, a label that it does not know, or an argument that it lacks or
@@ -116,7 +120,9 @@ def request(
         arguments["batch_size"] = len(generators)
     if guided(type(pipe)):
         arguments["guidance_scale"] = guidance
-    arguments |= call or {}
+    for name, value in (call or {}).items():
+        of_each = isinstance(value, str) and _TEXT.fullmatch(name)
+        arguments[name] = [value] * len(generators) if of_each else value
     _check(type(pipe), arguments)
     return arguments
 

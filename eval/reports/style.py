@@ -13,7 +13,7 @@ _DARK = """
 _RULES = """
 :root { --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; font: 15px/1.5 var(--font); color: var(--ink);
+body { margin: 0 auto; max-width: 1440px; padding: 2rem 1.25rem 4rem; font: 15px/1.5 var(--font); color: var(--ink);
   background: var(--paper); overflow-wrap: break-word; }
 header { display: flex; align-items: start; justify-content: space-between; gap: .5rem 1rem; }
 h1 { font-size: 1.6rem; margin: 0; line-height: 1.2; min-width: 0; }

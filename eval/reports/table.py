@@ -24,18 +24,18 @@ def numbers_table(facet: Facet, *, plain: bool = False) -> str:
     noted = any(_notes(row, common) for row in facet.rows)
     best = {metric: _best(facet, metric) for metric in facet.metrics}
     front = {metric: _on_front(facet, metric) for metric in facet.metrics}
-    heads = [_head("Scheduler", "text"), _head("Steps")]
+    heads = [_head("Scheduler", "text"), _head("Steps"), *[_head("First seed")] * facet.replicated]
     heads += [_head(title(metric), first="descending" if lower(metric) is False else "") for metric in facet.metrics]
     heads += [_head(cost.title) for cost in facet.costs]
     heads += [_head(FACTORS[factor], "text") for factor in facet.varying]
-    heads += [_head("First seed")] * facet.replicated + [_head("Notes", "text")] * noted
+    heads += [_head("Notes", "text")] * noted
     lines = []
     for number, row in enumerate(facet.rows):
         line = [_name(row.scheduler, facet.changed(row), drawn.get(facet.series(row))), _number(row.steps)]
+        line += [_number(getattr(row, REPLICATE, None))] * facet.replicated
         line += [_value(row, metric, number in best[metric], number in front[metric]) for metric in facet.metrics]
         line += [_number(cost.of(row)) for cost in facet.costs]
         line += [f'<td class="text">{html.escape(facet.factor(row, factor))}</td>' for factor in facet.varying]
-        line += [_number(getattr(row, REPLICATE, None))] * facet.replicated
         line += [f'<td class="text">{_notes(row, common)}</td>'] * noted
         lines.append(f"<tr>{''.join(line)}</tr>")
     label = html.escape(f"Numbers of {facet.model}" if facet.model else "Numbers")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.eval.sweeps.cell import Cell
+from fewstep.eval.sweeps.cell import Cell, titles
 from fewstep.eval.sweeps.manifest import Manifest
 from fewstep.eval.sweeps.progress import SweepProgress
 from fewstep.eval.sweeps.results import Results, Row
@@ -34,6 +34,7 @@ class Account:
         self, sweep: Sweep, out: Path, columns: tuple[str, ...], bar: SweepProgress, command: Sequence[str]
     ) -> None:
         self._cells, self._samples = sweep.cells, sweep.samples_drawn
+        self._titles = titles(self._cells)
         self._out, self._columns, self._bar = out, columns, bar
         self._rows: dict[Cell, Row] = {}
         self._manifest = Manifest(out, request(sweep), command)
@@ -58,7 +59,7 @@ class Account:
 
     def begin(self, cell: Cell, folder: str) -> None:
         """A cell is being worked on."""
-        self._bar.cell(cell.title)
+        self._bar.cell(self._titles[cell])
         self._manifest.begin({**cell.axes, "folder": folder})
 
     def finished(self, row: Row, resolved: dict[str, Any]) -> None:
@@ -68,7 +69,7 @@ class Account:
         Results(self._columns, len(self._cells), rows).save(self._out)
         self._manifest.cell({**row.cell.axes, "folder": row.folder, "status": row.status, **resolved})
         self._trackers.log(row, len(self._rows) - 1)
-        self._bar.finished(row)
+        self._bar.finished(row, self._titles[row.cell])
         self._bar.remaining(sum(cell.work(self._samples) for cell in self._cells if cell not in self._rows))
 
 

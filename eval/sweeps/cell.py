@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,19 @@ class Cell:
     def work(self, samples: int) -> float:
         """Units of work: network evaluations, if every step made one call. Guidance doubles them."""
         return float(self.steps * samples * (2 if self.guidance > 1 else 1))
+
+
+def titles(cells: Iterable[Cell]) -> dict[Cell, str]:
+    """The title of every cell, with the model, the guidance and the first seed where these tell the cells apart."""
+    cells = tuple(cells)
+    models, scales, seeds = ({getattr(cell, axis) for cell in cells} for axis in ("model", "guidance", "seed"))
+    return {
+        cell: (f"{cell.model}: " if len(models) > 1 else "")
+        + cell.title
+        + (f", guidance {cell.guidance:g}" if len(scales) > 1 else "")
+        + (f", seeds from {cell.seed}" if len(seeds) > 1 else "")
+        for cell in cells
+    }
 
 
 @dataclass(frozen=True)

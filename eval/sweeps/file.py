@@ -101,6 +101,8 @@ def _lines(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise FewstepError(f"{PROMPTS_FILE} {str(path)!r} cannot be read: {error}") from error
+    if not any(lines):
+        raise FewstepError(f"{PROMPTS_FILE} {str(path)!r} holds no prompt; give one a line")
     return [line for line in lines if line]
 
 

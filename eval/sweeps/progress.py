@@ -55,20 +55,19 @@ class SweepProgress:
         else:  # everything was there: a bar of nothing would stand at 0 %
             self._progress.update(self._task, total=1, completed=1)
 
-    def finished(self, row: Row) -> None:
+    def finished(self, row: Row, title: str) -> None:
         """Print a finished cell above the bar."""
         if self._show:
-            self._progress.console.print(line(row), highlight=False, markup=False, soft_wrap=True)
+            self._progress.console.print(line(row, title), highlight=False, markup=False, soft_wrap=True)
 
 
-def line(row: Row) -> str:
+def line(row: Row, title: str) -> str:
     """A finished cell in one line."""
-    head = f"{row.cell.title}: "
     if row.status != "ok":
-        return head + f"failed: {row.error}"
+        return f"{title}: failed: {row.error}"
     parts = [f"{name} {row.value(name):.4g}" for name in row.metrics]
     if row.nfe_per_image is not None:
         parts.append(f"{row.nfe_per_image:g} NFE/image")
     if row.seconds_per_image is not None:
         parts.append(f"{row.seconds_per_image:.3g} s/image")
-    return head + ", ".join(parts)
+    return f"{title}: {', '.join(parts)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewstep.errors import ArtifactError
 from fewstep.eval.sweeps import manifest as manifests
-from fewstep.eval.sweeps.cell import Cell
+from fewstep.eval.sweeps.cell import Cell, titles
 from fewstep.eval.sweeps.lock import in_use
 from fewstep.eval.sweeps.results import Results, Row, damaged
 from fewstep.eval.sweeps.store import stored_seeds
@@ -23,6 +23,7 @@ class Status:
     Attributes:
         running: whether a process holds the folder now.
         planned: how many cells there are to be.
+        titles: what to call each of them.
         rows: the finished and failed ones.
         failed: those of them that failed.
         current: the cell that is, or was last, worked on; None where none was.
@@ -35,6 +36,7 @@ class Status:
 
     running: bool
     planned: int
+    titles: Mapping[Cell, str]
     rows: tuple[Row, ...]
     failed: tuple[Row, ...]
     current: Cell | None
@@ -82,6 +84,7 @@ def _status(out: Path, manifest: Mapping[str, Any]) -> Status:
     return Status(
         running=running,
         planned=len(plan) or len(rows),
+        titles=titles({*plan, *done, *([current] if current else [])}),
         rows=rows,
         failed=tuple(row for row in rows if row.status != "ok"),
         current=current if current not in done else None,

@@ -73,6 +73,9 @@ class Recipe:
         given = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
         return {name: value for name, value in given.items() if value is not None}
 
+    def __repr__(self) -> str:
+        return str(self)  # a notebook shows it; its parts are attributes
+
     def __str__(self) -> str:
         said = []
         if self.sampler is not None:

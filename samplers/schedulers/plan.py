@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,13 @@ from fewstep.samplers.grid import Grid
 from fewstep.samplers.plan import SolverPlan
 from fewstep.samplers.scheduler import Numbers, SolverScheduler
 from fewstep.samplers.solver import Solver
+
+
+class _Kept(dict[str, Any]):
+    """Plans in a config: saved whole, but short where diffusers prints the keys that another class does not know."""
+
+    def __repr__(self) -> str:
+        return "<the plans of a PlanScheduler>"
 
 
 class PlanScheduler(SolverScheduler):
@@ -47,7 +55,11 @@ class PlanScheduler(SolverScheduler):
         for plan in self.plans.values():
             plan.check_schedule(self.schedule)
         kept = {str(nfe): plan.to_dict() for nfe, plan in self.plans.items()}
-        self.register_to_config(plan=kept if len(kept) > 1 else next(iter(kept.values())))
+        self.register_to_config(plan=_Kept(kept if len(kept) > 1 else next(iter(kept.values()))))
+
+    def __repr__(self) -> str:
+        plans = {str(nfe): plan.method for nfe, plan in self.plans.items()}
+        return f"{type(self).__name__} {json.dumps({**json.loads(self.to_json_string()), 'plan': plans}, indent=2)}"
 
     def solver(self) -> Solver:
         raise FewstepError("a PlanScheduler runs a finished plan; it has no solver to compile")

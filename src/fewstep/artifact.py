@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,14 @@ def write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise the OSError now that :func:`write_bytes` would raise after long work; the folder is made, the file is not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def sync(path: Path) -> None:

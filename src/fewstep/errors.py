@@ -23,9 +23,15 @@ class ArtifactError(FewstepError):
 
 
 def unknown(what: str, value: object, known: Iterable[object]) -> str:
-    """``unknown("grid", "karas", [...])`` -> a sentence that names the value, the nearest known one, and all of them."""
+    """``unknown("grid", "karas", [...])`` -> a sentence that names the value, the nearest known ones, and all of them.
+
+    Near is what is spelled alike, and what holds the value whole: ``order`` is short for ``solver_order``.
+    """
     names = sorted(str(k) for k in known)
     folded = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(str(value).casefold(), folded, n=1)
-    hint = f"; did you mean {folded[near[0]]!r}? Known" if near else "; known"
+    wanted = str(value).casefold()
+    near = difflib.get_close_matches(wanted, folded, n=1)
+    if len(wanted) > 2:
+        near += [name for name in sorted(folded, key=len) if wanted in name and name not in near][:2]
+    hint = f"; did you mean {' or '.join(repr(folded[name]) for name in near)}? Known" if near else "; known"
     return f"unknown {what} {value!r}{hint}: {', '.join(names)}"

@@ -15,9 +15,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from fewstep._version import __version__
 from fewstep.cli.best import best
 from fewstep.cli.compare import compare
 from fewstep.cli.doctor import doctor
@@ -34,7 +36,23 @@ app = typer.Typer(
     help="Makes diffusion sampling faster, and proves what it cost in quality.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fewstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which one.")
+    ] = False,
+) -> None: ...
+
 
 for command in (models, doctor, generate, sweep, status, report, compare, best, tune, quantize):
     app.command()(command)

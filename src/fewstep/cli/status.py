@@ -20,16 +20,15 @@ def status(folder: options.Finished) -> None:
         f"{doing}: {done} of {found.planned} cells done, {len(found.failed)} failed; started {last.get('started', '?')}"
     )
     if found.current is not None:
-        say(
-            f"{'now' if found.running else 'last'}: {found.current.title}, {found.current_samples} of {found.samples} images"
-        )
+        when, title = "now" if found.running else "last", found.titles[found.current]
+        say(f"{when}: {title}, {found.current_samples} of {found.samples} images")
     for name in found.damaged:
         say(f"damaged: {folder / name} is not what was written; the same command writes it anew")
     for row in found.failed:
-        say(f"failed: {row.cell.title}: {row.error}")
+        say(f"failed: {found.titles[row.cell]}: {row.error}")
     for row in found.rows:
         for text in row.redone:
-            say(f"repaired: {row.cell.title}: {text}")
+            say(f"repaired: {found.titles[row.cell]}: {text}")
     if len(found.rows) < found.planned:
         left = duration(found.seconds_left)
         say(f"about {left} left" if found.seconds_left is not None else "time left unknown: no cell is finished yet")

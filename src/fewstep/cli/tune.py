@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.artifact import check_writable
 from fewstep.cli import options
 from fewstep.cli.printing import duration, number, say
 
@@ -46,6 +47,8 @@ def tune(
         raise ValueError(f"nfe is {nfe}; give a whole number of at least 1")
     lesson = _lesson(model, prompts, guidance, minutes, trajectories, teacher_steps, work, device)
     picture = plot or out.with_suffix(".png")
+    check_writable(out)
+    check_writable(picture)
     if recipe:
         _tune_recipe(lesson, quality, budget, calls, out, picture)
     else:
