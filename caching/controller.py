@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fewstep.caching.hooks import installed
-from fewstep.caching.method import Method
+from fewstep.caching.method import Method, check_count
 from fewstep.caching.model_cache import ModelCache
 from fewstep.caching.plan import CachePlan
 from fewstep.errors import FewstepError
@@ -76,8 +76,8 @@ def apply_(pipe: Any, method: Caches, *, num_inference_steps: int | None = None)
     methods = [method] if isinstance(method, Method | CachePlan) else list(method)
     if not methods or not all(isinstance(m, Method | CachePlan) for m in methods):
         raise FewstepError(f"method is {method!r}; give a caching method, a CachePlan, or a list of them")
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise FewstepError(f"num_inference_steps is {num_inference_steps}; give at least 1")
+    if num_inference_steps is not None:
+        check_count(num_inference_steps, "num_inference_steps")
     owner = None if isinstance(pipe, nn.Module) else pipe
     caches: list[ModelCache] = []
     try:

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from fewstep.caching.actions import Action
 from fewstep.caching.families import family_of
+from fewstep.caching.hooks import installed
+from fewstep.caching.layers import Seen
 from fewstep.caching.model_cache import ModelCache
 from fewstep.caching.plan import CachePlan
+from fewstep.caching.streams import on_meta
 from fewstep.errors import FewstepError
 
 
@@ -112,21 +114,40 @@ def row_macs(
     return counts[:1] + (counts[first::2] if halves else counts[first:])
 
 
+def executed_macs(seen: Seen) -> tuple[int, int]:
+    """MACs of calls that a cache has seen, and of the same calls with everything computed; see :func:`row_macs`.
+
+    Raises:
+        FewstepError: for a network that has no configuration to build it again from: a copy would share what hooks and plain
+            callables remember.
+    """
+    if not hasattr(type(seen.model), "from_config"):
+        raise FewstepError(f"{type(seen.model).__name__} has no configuration to build it again from")
+    done = full = 0
+    plan = CachePlan(seen.sites, np.zeros((1, len(seen.sites)), dtype=np.int8))
+    for layout, inputs in seen.inputs.items():
+        rows = {row: times for (at, row), times in seen.calls.items() if at == layout}
+        if rows:
+            whole, *macs = row_macs(plan, seen.model, np.array(list(rows), dtype=np.int8), inputs)
+            full += whole * sum(rows.values())
+            done += sum(each * times for each, times in zip(macs, rows.values(), strict=True))
+    return done, full
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """The network on the meta device: shapes without numbers. The original's hooks and weights are left alone."""
     if hasattr(type(model), "from_config") and hasattr(model, "config"):
         with torch.device("meta"):
             made: nn.Module = type(model).from_config(model.config)  # type: ignore[attr-defined]
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)  # others are quantised
         # nn.Module's own: that of ModelMixin warns about modules kept in float32
-        return nn.Module.to(made, next(model.parameters()).dtype).eval()
+        return nn.Module.to(made, dtype=dtype).eval()
     tensors = (*model.parameters(), *model.buffers())
     memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
-    return copy.deepcopy(model, memo)
-
-
-def on_meta(values: Any) -> Any:
-    """Tensors in a tree as shapes without numbers."""
-    return tree_map(lambda v: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v, values)
+    made = copy.deepcopy(model, memo)
+    if (hook := installed(made)) is not None:
+        hook.cache.remove()
+    return made
 
 
 def shares(plan: CachePlan, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sequence[float]:

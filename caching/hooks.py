@@ -92,7 +92,6 @@ def uninstall(module: nn.Module, name: str = NAME) -> None:
         forward = vars(module).get("forward")
         if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
             del module.forward  # the registry leaves the class's own method on the instance
-    return
 
 
 def keep_outside(module: nn.Module) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from fewstep.caching.actions import Action
 from fewstep.caching.families import Family
@@ -103,3 +107,20 @@ class Call:
     forced: set[int] = field(default_factory=set)
     actions: dict[int, Action] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The calls of a network up to now, for what they cost.
+
+    Attributes:
+        model: the network.
+        sites: names of its sites.
+        inputs: arguments of a call as shapes, by the layout of its sample.
+        calls: how often there was what: layout, and an action for every site.
+    """
+
+    model: nn.Module
+    sites: tuple[str, ...]
+    inputs: Mapping[Any, Mapping[str, Any]]
+    calls: Counter[tuple[Any, tuple[int, ...]]]

@@ -141,6 +141,12 @@ def steps_table(computed: Sequence[bool], sites: int) -> Actions:
     return np.repeat(column[:, None], sites, 1).astype(np.int8)
 
 
+def check_count(count: int, name: str) -> None:
+    """Raises FewstepError where a count is no whole number of at least 1."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise FewstepError(f"{name} is {count!r}; give a whole number, at least 1")
+
+
 def check_interval(interval: int, name: str = "interval") -> None:
     """Raises FewstepError where an interval is no whole number of at least 1."""
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:

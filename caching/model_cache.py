@@ -16,7 +16,7 @@ from fewstep.caching.actions import Action
 from fewstep.caching.clock import Clock
 from fewstep.caching.families import Site, family_of
 from fewstep.caching.hooks import NAME, install, installed, keep_outside, uninstall
-from fewstep.caching.layers import Call, Layer, Stream
+from fewstep.caching.layers import Call, Layer, Seen, Stream
 from fewstep.caching.method import Entry, Method
 from fewstep.caching.model_hooks import ProbeHook, RootHook, SiteHook
 from fewstep.caching.plan import CachePlan
@@ -24,7 +24,7 @@ from fewstep.caching.predictors import Predictor
 from fewstep.caching.roles import Fit, Moment, Role, Scene
 from fewstep.caching.rows import Rows
 from fewstep.caching.store import Cell
-from fewstep.caching.streams import Streams, layout
+from fewstep.caching.streams import Streams, layout, on_meta
 from fewstep.errors import FewstepError
 
 PROBE = "fewstep_cache_probe"
@@ -66,6 +66,8 @@ class ModelCache:
         self.log: Counter[tuple[int, int, int]] = Counter()
         self.forced = 0
         self.peak_bytes = 0
+        self._inputs: dict[Any, dict[str, Any]] = {}
+        self._calls: Counter[tuple[Any, tuple[int, ...]]] = Counter()
         self._start()
         self._install()
 
@@ -93,18 +95,19 @@ class ModelCache:
     def clear_log(self) -> None:
         """Forget what was done so far."""
         self.log.clear()
+        self._inputs, self._calls = {}, Counter()
         self.forced = self.peak_bytes = 0
+
+    def seen(self) -> Seen:
+        """The calls up to now."""
+        return Seen(self.model, tuple(site.name for site in self.sites), dict(self._inputs), Counter(self._calls))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
         """A cache of the copied network that keeps nothing yet and belongs to the copied pipeline, if one is copied."""
         new = object.__new__(type(self))
         memo[id(self)] = new
-        state = {
-            k: v
-            for k, v in vars(self).items()
-            if k not in ("pipe", "call", "_clock", "_streams", "_by_name", "_shared")
-        }
-        vars(new).update({k: copy.deepcopy(v, memo) for k, v in state.items()}, pipe=memo.get(id(self.pipe)))
+        state = {k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()}
+        vars(new).update(state, pipe=memo.get(id(self.pipe)))
         new._copied = True
         new._start()
         return new
@@ -242,6 +245,8 @@ class ModelCache:
                     layer.method.check_scheduler(scheduler)
         total = self.steps or tick.total
         kind = layout([self.family.sample(arguments)])
+        if kind not in self._inputs:
+            self._inputs[kind] = on_meta(dict(arguments))
         stream = self._by_name.get(name)
         if stream is None and (ended := self._ended(conditioning)):
             stream = self._by_name[name] = ended[0].half(ended[1], kind)
@@ -315,6 +320,8 @@ class ModelCache:
             return
         for index, action in self.call.actions.items():
             self.log[self.call.step, index, int(action)] += 1
+        row = tuple(int(self.call.actions.get(index, Action.COMPUTE)) for index in range(len(self.sites)))
+        self._calls[self.call.stream.layout, row] += 1
         self.peak_bytes = max(self.peak_bytes, sum(stream.nbytes for stream in self._by_name.values()))
 
 

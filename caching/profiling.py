@@ -15,7 +15,7 @@ from fewstep.caching.calibration.runs import Runs
 from fewstep.caching.controller import applied, controller_of
 from fewstep.caching.families import Family
 from fewstep.caching.layers import Call
-from fewstep.caching.method import Decider, Entry, Method
+from fewstep.caching.method import Decider, Entry, Method, Planned
 from fewstep.caching.model_cache import ModelCache
 from fewstep.caching.plan import CachePlan
 from fewstep.errors import FewstepError
@@ -50,8 +50,12 @@ def profile(
         call: further arguments of the pipeline.
 
     Raises:
-        FewstepError: where the pipeline has a cache already, or lacks the method's sites.
+        FewstepError: for what is no method, and where the pipeline has a cache already or lacks the method's sites.
     """
+    if not isinstance(method, Method):
+        raise FewstepError(
+            f"method is of type {type(method).__name__}; give one to profile, such as caching.TeaCache(0.2)"
+        )
     runs = pipeline_runs(pipe, prompts, samples, num_inference_steps, guidance_scale, seed, batch, call)
     return profiled(runs, method)
 
@@ -68,12 +72,13 @@ def profiled(runs: Runs, method: Method) -> CachePlan:
                 f"{type(runs.pipe).__name__} has {len(controller.caches)} networks; profile each by itself"
             )
         (cache,) = controller.caches
-        if not method.online:
-            return method.compile(cache.family, runs.steps)
-        for begin in range(0, len(runs), runs.batch):
+        for begin in range(0, len(runs) if method.online else 1, runs.batch):
             runs.batch_latents(begin)
-    if not cache.log:
-        raise FewstepError(f"{method.describe()} decided nothing: the network was not called, or none of its sites")
+        if not cache.log:
+            raise FewstepError(f"{method.describe()} decided nothing: the network was not called, or none of its sites")
+        decider = cache.streams()[0].deciders[0]
+        if isinstance(decider, Planned):  # compiled for the positions and times of the run
+            return decider.plan
     positions = 1 + max(step for step, _, _ in cache.log)  # more than steps where the scheduler calls twice a step
     counts = np.zeros((positions, len(cache.sites), len(Action)), dtype=np.int64)
     for (step, site, action), times in cache.log.items():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fewstep.caching.actions import NAMES, Action
+from fewstep.caching.plan import CachePlan
+from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
+    from fewstep.caching.layers import Seen
     from fewstep.caching.model_cache import ModelCache
 
 FEW_STEPS = 8
@@ -28,6 +32,7 @@ class CacheReport:
         forced: reuses that had to be computed, since nothing fitting was kept (a changed batch, a start in the middle).
         held: most bytes held at a time.
         warnings: sentences.
+        seen: the calls, by network.
     """
 
     method: str
@@ -36,6 +41,7 @@ class CacheReport:
     forced: int
     held: int
     warnings: tuple[str, ...]
+    seen: tuple[Seen, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, caches: Sequence[ModelCache]) -> CacheReport:
@@ -55,6 +61,7 @@ class CacheReport:
             forced=sum(cache.forced for cache in caches),
             held=sum(cache.peak_bytes for cache in caches),
             warnings=(),
+            seen=tuple(cache.seen() for cache in caches),
         )
         return cls(**{**vars(made), "warnings": tuple(made._doubts(caches))})
 
@@ -69,6 +76,25 @@ class CacheReport:
         total = sum(sum(counter.values()) for counter in self.counts.values())
         computed = sum(counter[Action.COMPUTE] for counter in self.counts.values())
         return 1 - computed / total if total else 0.0
+
+    @cached_property
+    def executed(self) -> tuple[int, int] | None:
+        """MACs of the calls, and of the same calls with everything computed; None where the network cannot be counted.
+
+        Counted when it is asked for, on the shapes of the calls, as :meth:`CachePlan.cost` counts, for diffusers' models.
+        """
+        from fewstep.caching.cost import executed_macs
+
+        try:
+            counted = [executed_macs(seen) for seen in self.seen]
+        except FewstepError:
+            return None
+        return sum(done for done, _ in counted), sum(full for _, full in counted)
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates that were executed, whole batches; None where the network cannot be counted."""
+        return None if self.executed is None else self.executed[0]
 
     def decisions(self) -> dict[str, Any]:
         """The most frequent action at every step and site, as report pages draw it."""
@@ -96,15 +122,23 @@ class CacheReport:
             found.append(
                 f"{distilled.pop()} drives a model distilled to few steps, whose features change too fast to reuse"
             )
+        found += [note for cache in caches for note in _adapters_changed(cache)]
         if self.forced:
             found.append(f"{self.forced} reuses had to be computed, because nothing that fitted was kept")
         return found
+
+    def _summary(self) -> str:
+        from fewstep.eval.costs.mac_count import human
+
+        done, full = self.executed or (0, 0)
+        work = f", {human(done)} MACs ({done / full:.1%} of computing everything)" if full else ""
+        return f"{self.hit_rate:.0%} not computed{work}, at most {self.held / 2**20:.1f} MiB held"
 
     def __str__(self) -> str:
         marks = ".#-~"
         table = self.decisions()["decisions"]
         width = max(map(len, self.sites), default=0)
-        rows = [f"{self.method}: {self.hit_rate:.0%} not computed, at most {self.held / 2**20:.1f} MiB held"]
+        rows = [f"{self.method}: {self._summary()}"]
         rows += [f"  {site:<{width}} {''.join(marks[row[i]] for row in table)}" for i, site in enumerate(self.sites)]
         rows += [f"  note: {warning}" for warning in self.warnings]
         return "\n".join(rows)
@@ -115,6 +149,18 @@ class CacheReport:
         from fewstep.caching.heatmap import table_html
 
         notes = "".join(f"<li>{escape(warning)}</li>" for warning in self.warnings)
-        head = f"<p>{self.hit_rate:.0%} not computed, at most {self.held / 2**20:.1f} MiB held</p>"
+        head = f"<p>{self._summary()}</p>"
         picture = table_html(self.decisions(), self.method) if self.counts else ""
         return head + picture + (f"<ul>{notes}</ul>" if notes else "")
+
+
+def _adapters_changed(cache: ModelCache) -> Iterator[str]:
+    """A note for every plan that was calibrated with other adapters than are active now."""
+    now = cache.family.adapters
+    for layer in cache.layers:
+        if isinstance(layer.method, CachePlan) and (then := layer.method.provenance.get("adapters", now)) != now:
+            yield f"calibrated with {_listed(then)}, the network has {_listed(now)}: what was fitted does not fit them"
+
+
+def _listed(adapters: Sequence[str]) -> str:
+    return f"the adapters {', '.join(adapters)}" if adapters else "no adapters"

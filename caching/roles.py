@@ -225,6 +225,13 @@ class Block(Role):
         if self.first:
             scratch["begin"] = streams
         elif "begin" in scratch:
+            if any(
+                old is not None and new.shape != old.shape for old, new in zip(scratch["end"], streams, strict=False)
+            ):
+                raise FewstepError(
+                    f"the model rearranges its tokens between the blocks of site {at.cell.site!r}, so it has no residual; "
+                    "cache single blocks, or what is inside them"
+                )
             scratch["begin"] = [
                 a if new is old or old is None else a + (new - old)
                 for a, old, new in zip(scratch["begin"], scratch["end"], streams, strict=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fewstep.caching.rows import Rows
 
@@ -64,6 +65,11 @@ def _half(known: Signature, conditioning: Signature, last: bool) -> Rows | None:
 def layout(tensors: Sequence[Any]) -> tuple[Any, ...]:
     """Shapes, dtypes and devices: what has to stay the same for kept features to fit."""
     return tuple((t.shape, t.dtype, t.device) for t in tensors if isinstance(t, Tensor))
+
+
+def on_meta(values: Any) -> Any:
+    """Tensors in a tree as shapes without numbers."""
+    return tree_map(lambda v: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v, values)
 
 
 def _identical(a: Signature, b: Signature) -> bool:

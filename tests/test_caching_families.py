@@ -1,9 +1,4 @@
-"""What every cache must keep on every family: exactness, isolation of streams, copies, clean refusals.
-
-Reuse of a range of blocks adds a residual to its input: x + (F(x) - x) is F(x) but for a rounding of 2^-24 of the larger
-term, and the layers behind it may make that grow. ROUNDING allows for a growth by a hundred; what reuse of a wrong value does
-on these networks is 1e-2 and more.
-"""
+"""What every cache must keep on every family: exactness, isolation of streams, copies, clean refusals."""
 
 import copy
 import pickle
@@ -15,36 +10,23 @@ import torch
 from fewstep import caching
 from fewstep.caching.families import family_of
 from fewstep.errors import FewstepError, PlanError
-from tests.caching_fixtures import STEPS, TINY, TRANSFORMERS, UNETS, timesteps, trajectory
-
-ROUNDING = 1e-5
-
-
-def site_names(model):
-    """One of each kind of site that the model's family offers."""
-    family = family_of(model)
-    kinds = ("attention", "cross_attention", "feed_forward", "fused")
-    branches = [branches[-1] for kind in kinds if (branches := family.branches(kind))]
-    whole = (
-        ["encoder", "branch.0", "branch.1"]
-        if hasattr(model, "down_blocks")
-        else ["blocks", "blocks[1:]", "blocks[:-1]"]
-    )
-    return ["output", *whole, *branches]
-
-
-def plan_of(site, actions="CR" * 10, steps=STEPS):
-    numbers = {"C": caching.Action.COMPUTE, "R": caching.Action.REUSE}
-    return caching.CachePlan((site,), np.array([[numbers[a]] for a in actions[:steps]]))
+from tests.caching_fixtures import (
+    ROUNDING,
+    STEPS,
+    TINY,
+    TRANSFORMERS,
+    UNETS,
+    plan_of,
+    same,
+    site_names,
+    timesteps,
+    trajectory,
+)
 
 
 def untouched(model):
     """Whether a network carries nothing of a cache."""
     return not any("forward" in vars(m) or "_diffusers_hook" in vars(m) for m in model.modules())
-
-
-def same(first, second):
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.fixture(params=TINY, scope="module")

@@ -42,8 +42,8 @@ def test_one_prompt_is_one_prompt(pipe):
 
 def test_what_cannot_be_calibrated_is_refused(pipe):
     for method, options, said in (
-        (caching.DPCache(), {"batch": 0}, "batch is 0; give at least 1"),
-        (caching.DPCache(), {"num_inference_steps": 2.5}, r"not 2\.5 and 3"),
+        (caching.DPCache(), {"batch": 0}, "batch is 0; give a whole number, at least 1"),
+        (caching.DPCache(), {"num_inference_steps": 2.5}, r"num_inference_steps is 2\.5; give a whole number"),
         (reusing(), {}, "method is of type CachePlan; give one to calibrate"),
     ):
         with pytest.raises(FewstepError, match=said):
@@ -51,6 +51,48 @@ def test_what_cannot_be_calibrated_is_refused(pipe):
     for at in ((), "blocks"):
         with pytest.raises(FewstepError, match="give a tuple of sites"):
             caching.DPCache(at=at)
+
+
+def test_odd_arguments_are_named(pipe):
+    plan = reusing()
+    for call, said in (
+        (lambda: caching.family_of(pipe), "DiTPipeline is no network; give one, such as pipe.unet"),
+        (lambda: plan.cost(pipe), "DiTPipeline is no network"),
+        (
+            lambda: caching.profile(pipe, plan, ["dress"], num_inference_steps=4),
+            "is of type CachePlan; give one to profile",
+        ),
+        (
+            lambda: caching.apply_(pipe, plan, num_inference_steps="4"),
+            "num_inference_steps is '4'; give a whole number",
+        ),
+        (lambda: caching.EncoderPropagation(keys=(0, -3)), r"keys are \(0, -3\); give steps"),
+    ):
+        with pytest.raises(FewstepError, match=said):
+            call()
+    assert caching.controller_of(pipe) is None
+
+
+def test_blocks_that_take_turns_have_no_range():
+    from diffusers import LatteTransformer3DModel
+
+    model = LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2, video_length=2,
+        caption_channels=8, cross_attention_dim=16, norm_type="ada_norm_single",
+    )  # fmt: skip
+    for method in (
+        caching.TaylorSeer(lite=True),
+        caching.TeaCache(),
+        caching.EarlyExit(),
+        caching.Interval(at=("blocks[0:1]",)),
+    ):
+        with pytest.raises(FewstepError, match="for space and for time take turns"):
+            caching.apply_(model, method, num_inference_steps=4)
+    assert caching.controller_of(model) is None
+    offered = caching.family_of(model).offered()
+    assert not [site for site in offered if site.startswith("blocks[")]
+    with caching.applied(model, caching.FORA()) as controller:  # what is inside the blocks is there
+        assert {site.name for site in controller.caches[0].sites} <= set(offered)
 
 
 def test_a_budget_that_lets_everything_be_computed_needs_no_search(pipe):

@@ -76,8 +76,15 @@ def calibrate(
         raise FewstepError(f"{type(pipe).__name__} has {count} networks; a cache is calibrated for pipelines with one")
     guidance = default_guidance(pipe) if guidance_scale is None else guidance_scale
     runs = Runs.of(pipe, prompts, samples, num_inference_steps, guidance, seed, batch, call)
-    train, test = runs.split(held_out)
+    runs.split(held_out)  # refused before anything is drawn
     wanted = as_budget(budget, getattr(method, "budget", None))
+    runs = runs.followed()
+    if runs.first and isinstance(method, DPCache | Router | ERTACache):
+        raise FewstepError(
+            f"the call begins at position {runs.first} of {runs.positions}, and {type(method).__name__} is calibrated on whole "
+            "trajectories; a method with a knob, such as TaylorSeer, can be calibrated on parts"
+        )
+    train, test = runs.split(held_out)
     with _bar(progress) as tick:
         if isinstance(method, DPCache):
             from fewstep.caching.calibration.search import search
@@ -103,10 +110,10 @@ def calibrate(
 
 
 def _with_provenance(plan: CachePlan, quality: Quality, budget: Budget, runs: Runs, held_out: int) -> CachePlan:
-    model = _network(runs.pipe)
+    family = family_of(_network(runs.pipe))
     return replace(
         plan,
-        model={"class": type(model).__name__, "config": family_of(model).config_hash},
+        model={"class": family.name, "config": family.config_hash},
         scheduler=type(runs.pipe.scheduler).__name__,
         provenance={
             **plan.provenance,
@@ -116,6 +123,8 @@ def _with_provenance(plan: CachePlan, quality: Quality, budget: Budget, runs: Ru
             "prompts": sorted(set(runs.prompts)),
             "seeds": [runs.seeds[0], runs.seeds[-1]],
             "held_out": held_out,
+            "call": {name: value for name, value in runs.call.items() if isinstance(value, str | int | float | bool)},
+            "adapters": family.adapters,
             **quality.summary(),
         },
     )

@@ -61,15 +61,15 @@ def turn(
 
             plan = profiled(test if train is None else train, turned)
         else:
-            plan = turned.compile(family, test.steps)
-        share = meter.share(plan)
+            plan = turned.compile(family, test.positions)
+        share = meter.share(plan, test.first)
         if budget.name == "macs" and share > budget.value:
             return plan, Quality(np.array([np.inf]), share)  # need not be drawn
         quality = measure(plan, test, reference, share, budget.name)
         tick(f"{type(method).__name__}, {_knob(method)} {value:g}")
         return plan, quality
 
-    tried = list(_search(method, budget, test.steps, made))
+    tried = list(_search(method, budget, test.positions, made))
     kept = [found for found in tried if budget.met(found[1].values(budget.name))]
     if not kept:
         least = min(found[1].macs_share for found in tried)
@@ -87,17 +87,19 @@ class Meter:
         self.model = model
         self._known: dict[Any, int] = {}
 
-    def share(self, plan: CachePlan) -> float:
-        """The plan's MACs as a share of computing everything."""
+    def share(self, plan: CachePlan, first: int = 0) -> float:
+        """The plan's MACs as a share of computing everything, from a position on, at which there is nothing to reuse yet."""
 
         def key(row: Any) -> Any:
             return plan.sites, row.tobytes()
 
         full = np.full((1, len(plan.sites)), Action.COMPUTE, dtype=np.int8)
-        rows = np.unique(np.concatenate([full, plan.actions]), axis=0)
+        actions = plan.actions[first:].copy()
+        actions[0, actions[0] == Action.REUSE] = Action.COMPUTE
+        rows = np.unique(np.concatenate([full, actions]), axis=0)
         if new := [row for row in rows if key(row) not in self._known]:
             self._known |= dict(zip(map(key, new), row_macs(plan, self.model, np.stack(new))[1:], strict=True))
-        return sum(self._known[key(row)] for row in plan.actions) / (self._known[key(full[0])] * plan.steps)
+        return sum(self._known[key(row)] for row in actions) / (self._known[key(full[0])] * len(actions))
 
 
 def _search(

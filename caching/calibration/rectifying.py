@@ -50,7 +50,7 @@ def recorded(runs: Runs) -> Paths:
     with applied(runs.pipe, Recording(at=("output",))) as controller:
         controller.caches[0].observers.append(observe)
         runs.latents()
-    order = range(runs.steps)
+    order = range(runs.positions)
     return Paths(*(torch.stack([torch.cat(kept[i]) for i in order]) for kept in (states, velocities)))
 
 
@@ -128,16 +128,16 @@ def rectified(
         raise FewstepError(
             f"ERTACache is calibrated to a share of the MACs, not to {budget.name}; give Budget(macs=...)"
         )
-    most = int(budget.value * train.steps + 1e-9)
+    most = int(budget.value * train.positions + 1e-9)
     if most < 2:
         raise FewstepError(
-            f"{budget.value:.0%} of {train.steps} steps is {most}; ERTACache computes at least the first and the last"
+            f"{budget.value:.0%} of {train.positions} steps is {most}; ERTACache computes at least the first and the last"
         )
     paths = recorded(train)
     tick("uncached runs")
     sigmas = _grid(train) if method.adjust else []
     keys = affordable_steps(paths, most)
-    actions = np.full((train.steps, 1), Action.REUSE, dtype=np.int8)
+    actions = np.full((train.positions, 1), Action.REUSE, dtype=np.int8)
     actions[keys] = Action.COMPUTE
     uncached, told = test.uncached(), dict[str, Any]()
     if method.adjust:
@@ -152,7 +152,7 @@ def rectified(
     )
     tick("held-out runs")
     cached = replace(test, call={**test.call, "sigmas": told["sigmas"]}) if told else test
-    return plan, measure(plan, cached, uncached, len(keys) / train.steps)
+    return plan, measure(plan, cached, uncached, len(keys) / train.positions)
 
 
 def _grid(runs: Runs) -> list[float]:

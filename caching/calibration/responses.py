@@ -50,7 +50,7 @@ class Responses:
         trace = Trace.of(runs, sites)
         products = trace.products()
         rows, places = [], list[tuple[int, list[int]]]()
-        for step in range(1, runs.steps):
+        for step in range(1, runs.positions):
             past = [step - back for back in PROBES if back <= step]
             rows += [change.double().flatten().numpy() for change in trace.changed(step, past, SMALL)]
             places.append((step, past))
@@ -58,7 +58,7 @@ class Responses:
         stacked = np.stack(rows) / np.sqrt(len(rows[0]))
         stacked = np.where(np.isfinite(stacked), stacked, 1e6)
         coordinates = _coordinates(stacked @ stacked.T)
-        vectors = np.zeros((runs.steps, runs.steps, coordinates.shape[1]))
+        vectors = np.zeros((runs.positions, runs.positions, coordinates.shape[1]))
         begin = 0
         for step, past in places:
             mixture = _mixtures(products, step, past)  # (step, probes)

@@ -137,11 +137,11 @@ def train(
     sites = tuple(method.gates(family_of(model)))
     costs = shares(CachePlan(sites, np.zeros((1, len(sites)), dtype=np.int8)), model)
     bench = _Bench(method, sites, train, train.uncached(), tick)
-    interval = every(train.steps, max(round(1 / budget.value), 1))
+    interval = every(train.positions, max(round(1 / budget.value), 1))
     gates = _fresh(method, sites, costs, interval)
     tables = {"uniform": gates.actions(budget.value)}  # refuses a budget that cannot be kept, before the training
     tick("uncached runs")
-    if method.scheme == "harmonica" and (count := affordable(budget.value, 1 - sum(costs), train.steps)) > 0:
+    if method.scheme == "harmonica" and (count := affordable(budget.value, 1 - sum(costs), train.positions)) > 0:
         tables["searched"] = _whole_steps(bench, count, gates, budget.value)
     start = min(tables, key=lambda name: bench.error(tables[name]))
     gates = _fresh(method, sites, costs, tables[start])
@@ -187,7 +187,7 @@ def _whole_steps(bench: _Bench, count: int, gates: Gates, budget: float) -> Acti
     responses = Responses.measured(bench.runs, bench.sites, lambda: bench.tick("responses"))
 
     def table(keys: Sequence[int]) -> Actions:
-        computed = [step in keys for step in range(bench.runs.steps)]
+        computed = [step in keys for step in range(bench.runs.positions)]
         return replace(gates, logits=_logits(computed, len(gates.sites))).actions(budget)
 
     return table(searched(responses, count, (0,), TRIES, lambda order, keys: bench.error(table(keys)))[1])

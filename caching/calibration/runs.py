@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.caching.method import check_count
 from fewstep.errors import FewstepError
 
 
@@ -24,6 +25,8 @@ class Runs:
         guidance: classifier-free guidance scale.
         batch: samples drawn at once.
         call: further arguments of the pipeline.
+        positions: calls of the network along a trajectory; ``steps``, or what :meth:`followed` saw.
+        first: position of the first call, above 0 where ``call`` begins in the middle (image to image).
     """
 
     pipe: Any
@@ -33,6 +36,12 @@ class Runs:
     guidance: float
     batch: int = 8
     call: Mapping[str, Any] = field(default_factory=dict)
+    positions: int = 0
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.positions:
+            object.__setattr__(self, "positions", self.steps)
 
     @classmethod
     def of(
@@ -56,15 +65,34 @@ class Runs:
         given = [prompts] if isinstance(prompts, str) else list(prompts or ())
         if not given and family(type(pipe)) != "unconditional":
             raise FewstepError(f"{type(pipe).__name__} needs prompts to be calibrated on")
-        if steps < 1 or count < 1 or steps != int(steps):
-            raise FewstepError(f"calibration needs at least 1 step and 1 sample, not {steps} and {count}")
-        if batch < 1:
-            raise FewstepError(f"batch is {batch}; give at least 1 sample at once")
+        for name, value in (("num_inference_steps", steps), ("samples", count), ("batch", batch)):
+            check_count(value, name)
         given = given or [""]
         return cls(
-            pipe, tuple(given[i % len(given)] for i in range(count)), tuple(range(seed, seed + count)), steps, guidance,
-            batch, dict(call or {}),
-        )  # fmt: skip
+            pipe=pipe,
+            prompts=tuple(given[i % len(given)] for i in range(count)),
+            seeds=tuple(range(seed, seed + count)),
+            steps=steps,
+            guidance=guidance,
+            batch=batch,
+            call=dict(call or {}),
+        )
+
+    def followed(self) -> Runs:
+        """The same, with the positions that a run of the first batch comes by.
+
+        Raises:
+            FewstepError: where the pipeline does not call its network.
+        """
+        from fewstep.caching.calibration.recording import Recording
+        from fewstep.caching.controller import applied
+
+        with applied(self.pipe, Recording(at=("output",))) as controller:
+            self.batch_latents(0)
+        seen = {step for step, _, _ in controller.caches[0].log}
+        if not seen:
+            raise FewstepError(f"{type(self.pipe).__name__} did not call its network in {self.steps} steps")
+        return replace(self, positions=1 + max(seen), first=min(seen))
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -79,8 +107,6 @@ class Runs:
         return self._some(slice(0, cut)), self._some(slice(cut, None))
 
     def _some(self, part: slice) -> Runs:
-        from dataclasses import replace
-
         return replace(self, prompts=self.prompts[part], seeds=self.seeds[part])
 
     @torch.no_grad()

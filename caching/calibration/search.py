@@ -134,7 +134,7 @@ class SiteSearch:
 
     @property
     def steps(self) -> int:
-        return self.setting.train.steps
+        return self.setting.train.positions
 
     @property
     def least(self) -> float:

@@ -56,7 +56,7 @@ class Trace:
             trace.outputs[call.name, call.step] = out
             trace.cells[call.name] = call.stream.cells
 
-        with applied(runs.pipe, Recording(at=trace.sites, steps=runs.steps)) as controller:
+        with applied(runs.pipe, Recording(at=trace.sites, steps=runs.positions)) as controller:
             (cache,) = controller.caches
             cache.observers.append(observe)
             trace.latents = part.latents()
@@ -64,7 +64,7 @@ class Trace:
 
     def products(self) -> Matrix:
         """(steps, steps): inner products of the sites' values at all pairs of steps, summed over all values there are."""
-        total = np.zeros((self.runs.steps, self.runs.steps))
+        total = np.zeros((self.runs.positions, self.runs.positions))
         for cell in chain(*self.cells.values()):
             for part in whole_trajectories(cell):
                 rows = [_flat(value) for value in sorted(part.history, key=lambda value: value.step)]
@@ -78,7 +78,7 @@ class Trace:
         F(step) + scale (F(past) - F(step)) stands for F(step), once for each past step; everything after is computed. The
         change is divided by ``scale``: a small one is a derivative.
         """
-        actions = np.zeros((self.runs.steps, len(self.sites)), dtype=np.int8)
+        actions = np.zeros((self.runs.positions, len(self.sites)), dtype=np.int8)
         actions[step] = Action.REUSE
         found = []
         with applied(self.runs.pipe, CachePlan(self.sites, actions, Hold())) as controller:

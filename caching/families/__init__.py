@@ -16,8 +16,11 @@ def family_of(model: nn.Module) -> Family:
     """The family of a model, known by what it is made of.
 
     Raises:
-        FewstepError: for a whole model that ``torch.compile`` wrapped: its decisions would be compiled away.
+        FewstepError: for what is no network, and for a whole model that ``torch.compile`` wrapped: its decisions would be
+            compiled away.
     """
+    if not isinstance(model, nn.Module):
+        raise FewstepError(f"a {type(model).__name__} is no network; give one, such as pipe.unet or pipe.transformer")
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise FewstepError(
             f"{type(model).__name__} is compiled as a whole; compile its blocks instead "

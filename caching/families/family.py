@@ -67,6 +67,11 @@ class Family:
         told = {str(k): v for k, v in dict(config).items() if not str(k).startswith("_")}
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the LoRA adapters that are active now."""
+        return sorted(self.model.active_adapters()) if getattr(self.model, "_hf_peft_config_loaded", False) else []  # type: ignore[operator]
+
     def site(self, name: str) -> Site:
         """The site of that name.
 

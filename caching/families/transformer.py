@@ -45,6 +45,11 @@ class TransformerFamily(Family):
                 f"{type(model).__name__} has no list of blocks ({', '.join(LISTS)}); only its site 'output' can be cached"
             )
 
+    @property
+    def _in_turns(self) -> bool:
+        """Whether a block of one list follows on each of another, as in Latte, and not a whole list on another."""
+        return any(path.startswith("temporal_") for path in self.paths)
+
     def composite(self, name: str) -> Site | None:
         match = _RANGE.fullmatch(name)
         if match:
@@ -58,7 +63,7 @@ class TransformerFamily(Family):
     def offered(self) -> list[str]:
         return [
             *super().offered(),
-            f"blocks[0:{len(self.paths)}]",
+            *([] if self._in_turns else [f"blocks[0:{len(self.paths)}]"]),
             *(b for kind in BRANCHES for b in self.branches(kind)),
         ]
 
@@ -78,6 +83,11 @@ class TransformerFamily(Family):
         return found
 
     def _range(self, name: str, match: re.Match[str]) -> Site:
+        if self._in_turns:
+            raise FewstepError(
+                f"blocks of {self.name} for space and for time take turns, with tokens rearranged between: {name!r} has no "
+                "residual; cache what is inside the blocks (FORA, TaylorSeer, PyramidBroadcast), or one by its path"
+            )
         count = len(self.paths)
         begin, end, _ = slice(*(int(text) if text else None for text in match.groups())).indices(count)
         if not begin < end:

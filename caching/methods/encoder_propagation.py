@@ -45,6 +45,8 @@ class EncoderPropagation(Method):
             check_interval(self.keys, "keys")
         else:
             object.__setattr__(self, "keys", tuple(self.keys))
+            if not all(isinstance(key, int) and key >= 0 for key in self.keys):
+                raise FewstepError(f"keys are {self.keys}; give steps, whole numbers from 0")
 
     def sites(self, family: Family) -> list[str]:
         if not isinstance(family, UNetFamily):

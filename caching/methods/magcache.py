@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -107,14 +108,14 @@ class MagCache(Method):
                 :func:`fewstep.caching.profile`.
         """
         own = {name: options.pop(name) for name in ("threshold", "max_run", "retention", "scale") if name in options}
-        measured: list[list[Tensor]] = [[] for _ in range(num_inference_steps)]
+        measured: defaultdict[int, list[Tensor]] = defaultdict(list)
 
         def begin() -> See:
             last: list[Tensor] = []
 
             def see(sight: Sight) -> None:
                 norm = sight.value.float().norm(dim=channel_axis(sight.value))
-                if last and sight.step < num_inference_steps:
+                if last:
                     measured[sight.step].append((norm / last.pop()).mean())
                 last[:] = [norm]
 
@@ -124,7 +125,10 @@ class MagCache(Method):
             pipe, lambda family: whole_stack(family, cls.__name__), begin, prompts=prompts, samples=samples,
             num_inference_steps=num_inference_steps, **options,
         )  # fmt: skip
-        ratios = [float(np.mean([float(r) for r in found])) if found else 1.0 for found in measured]
+        ratios = [
+            float(np.mean([float(r) for r in measured[step]])) if measured[step] else 1.0
+            for step in range(1 + max(measured, default=0))
+        ]
         return cls(ratios=tuple(ratios), **own)
 
 

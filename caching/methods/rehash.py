@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -91,8 +91,8 @@ class StepRehash(Method):
             options: ``guidance_scale``, ``seed``, ``batch``, ``call`` as of :func:`fewstep.caching.profile`.
         """
         method = cls(threshold, (), site)
-        sums = np.zeros((num_inference_steps, reach))
-        counts = np.zeros_like(sums)
+        cosines: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        positions = [0]
 
         def begin() -> See:
             past: deque[Tensor] = deque(maxlen=reach)
@@ -100,10 +100,9 @@ class StepRehash(Method):
             def see(sight: Sight) -> None:
                 value = sight.value.flatten(1).float()
                 for behind, earlier in enumerate(past):
-                    cosine = torch.nn.functional.cosine_similarity(value, earlier, dim=1)
-                    sums[sight.step, behind] += float(cosine.sum())
-                    counts[sight.step, behind] += len(cosine)
+                    cosines[sight.step, behind] += torch.nn.functional.cosine_similarity(value, earlier, dim=1).tolist()
                 past.appendleft(value)
+                positions[0] = max(positions[0], sight.step + 1)
 
             return see
 
@@ -116,5 +115,8 @@ class StepRehash(Method):
             num_inference_steps=num_inference_steps,
             **options,
         )
-        mean = np.divide(sums, counts, out=np.full_like(sums, -1.0), where=counts > 0)
-        return cls(threshold, tuple(map(tuple, mean.tolist())), site)
+        table = [
+            [float(np.mean(found)) if (found := cosines[step, behind]) else -1.0 for behind in range(reach)]
+            for step in range(positions[0])
+        ]
+        return cls(threshold, tuple(map(tuple, table)), site)
