@@ -76,8 +76,13 @@ class CachePlan:
 
     @property
     def steps(self) -> int:
-        """Steps of the trajectory."""
+        """Calls of the network along the trajectory."""
         return len(self.actions)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """What a pipeline is called with; less than :attr:`steps` where the scheduler calls the network twice a step."""
+        return int(self.provenance.get("steps", self.steps))
 
     @property
     def reuse(self) -> float:

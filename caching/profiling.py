@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -78,7 +78,7 @@ def profiled(runs: Runs, method: Method) -> CachePlan:
             raise FewstepError(f"{method.describe()} decided nothing: the network was not called, or none of its sites")
         decider = cache.streams()[0].deciders[0]
         if isinstance(decider, Planned):  # compiled for the positions and times of the run
-            return decider.plan
+            return replace(decider.plan, provenance={**decider.plan.provenance, "steps": runs.steps})
     positions = 1 + max(step for step, _, _ in cache.log)  # more than steps where the scheduler calls twice a step
     counts = np.zeros((positions, len(cache.sites), len(Action)), dtype=np.int64)
     for (step, site, action), times in cache.log.items():
@@ -90,7 +90,7 @@ def profiled(runs: Runs, method: Method) -> CachePlan:
         {"class": cache.family.name},
         type(runs.pipe.scheduler).__name__,
         method.describe(),
-        {"samples": len(runs), "agreement": float(counts.max(2).sum() / counts.sum())},
+        {"steps": runs.steps, "samples": len(runs), "agreement": float(counts.max(2).sum() / counts.sum())},
     )
 
 

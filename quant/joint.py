@@ -85,7 +85,7 @@ def fit_cache(
     if not (plan.actions == Action.REUSE).any():
         raise FewstepError("the cache plan reuses nothing that could be fitted")
     guidance = default_guidance(pipe) if guidance_scale is None else guidance_scale
-    train, test = Runs.of(pipe, prompts, samples, plan.steps, guidance, seed, batch, call).split(held_out)
+    train, test = Runs.of(pipe, prompts, samples, plan.num_inference_steps, guidance, seed, batch, call).split(held_out)
     depth = max(1, plan.predictor.depth)
     fitter = Fitter(depth, plan.steps)
     with evaluating(model), torch.no_grad(), borrowed(pipe):

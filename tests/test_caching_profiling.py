@@ -23,7 +23,7 @@ def images(pipe, seed=10_000, **call):
 def test_the_plan_of_one_sample_does_what_the_method_does(method, tmp_path):
     pipe = tiny_dit_pipeline()
     plan = caching.profile(pipe, method, ["3"], num_inference_steps=STEPS, samples=1, guidance_scale=4.0)
-    assert plan.provenance == {"samples": 1, "agreement": 1.0}
+    assert plan.provenance == {"steps": STEPS, "samples": 1, "agreement": 1.0}
     assert 0 < plan.reuse < 1
     assert plan.actions[0, 0] == caching.Action.COMPUTE
     call = {"class_labels": [3], "guidance_scale": 4.0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
 
-from fewstep import caching
+from fewstep import caching, pipelines, quant
 from fewstep.caching.calibration.runs import Runs
 from fewstep.errors import FewstepError
 from tests.eval_fixtures import tiny_pipeline
@@ -98,3 +98,18 @@ def test_tables_measured_along_trajectories_have_a_row_for_every_call():
     with caching.applied(pipe, rehash) as controller:
         pipe([1], num_inference_steps=STEPS, guidance_scale=1.0, output_type="np")
     assert controller.report().steps == len(rehash.similarity) == 2 * STEPS - 1
+
+
+def test_a_recipe_and_a_quantisation_call_the_pipeline_with_its_steps():
+    pipe = tiny_heun()
+    plan = caching.profile(pipe, caching.Interval(2, at=("blocks",)), ["1"], num_inference_steps=STEPS, samples=1)
+    assert (plan.steps, plan.num_inference_steps) == (2 * STEPS - 1, STEPS)
+    recipe = pipelines.Recipe(cache=plan)
+    assert recipe.call == {"num_inference_steps": STEPS}
+    with pipelines.applied(pipe, recipe) as done:
+        pipe([1], output_type="np", **recipe.call)
+    assert done.cache.report().hit_rate == pytest.approx(plan.reuse)
+    quant.quantize_(pipe.transformer, quant.Int8(), keep_originals=True)
+    fitted = quant.fit_cache(pipe, plan, ["1"], samples=2, held_out=1)
+    assert fitted.steps == plan.steps
+    assert len(fitted.provenance["quantised"]["latent_rms"]) == 2

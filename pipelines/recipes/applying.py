@@ -71,7 +71,7 @@ def apply_(pipe: Any, recipe: Recipe | str | Path, *, other_model: bool = False)
         if recipe.cache is not None:
             from fewstep import caching
 
-            done.cache = caching.apply_(pipe, recipe.cache, num_inference_steps=recipe.steps)
+            done.cache = caching.apply_(pipe, recipe.cache, num_inference_steps=recipe.cache.steps)
     except BaseException:
         _take_back(pipe, done)
         raise

@@ -58,7 +58,7 @@ class Recipe:
         if isinstance(self.sampler, SolverPlan):
             known["its sampler"] = self.sampler.nfe
         if self.cache is not None:
-            known["its cache"] = self.cache.steps
+            known["its cache"] = self.cache.num_inference_steps
         given = {what: steps for what, steps in known.items() if steps is not None}
         if len(set(given.values())) > 1:
             raise PlanError("; ".join(f"{what} is for {steps} steps" for what, steps in given.items()))
