@@ -17,7 +17,7 @@ from fewstep.samplers.learn.fitting.mixture import Mixture, grid_of
 from fewstep.samplers.learn.fitting.parameters import Parameters, Part
 from fewstep.samplers.learn.fitting.rows import least_squares
 from fewstep.samplers.learn.fitting.runner import error
-from fewstep.samplers.learn.methods.untuned import Untuned, untuned
+from fewstep.samplers.learn.methods.untuned import Untuned, shortlist
 from fewstep.samplers.learn.teaching.problem import Problem
 from fewstep.samplers.learn.teaching.teacher import Teacher
 from fewstep.samplers.plan import SolverPlan
@@ -76,11 +76,11 @@ def tune(
 ) -> SolverPlan:
     """The best plan of so many calls that can be learned from ``problem`` in that time.
 
-    Starts from the best untuned solver and grid. Its rows have a closed form (:func:`least_squares`), which costs one run and
-    is all that little time allows. Then the grid and the times that the network is told are searched, and rows follow in closed
-    form again. From the better of the two, and if time is left from the other, all numbers are searched together, by Levenberg
-    and Marquardt's method. What every step finds is judged on held-out trajectories; the best there is returned, and that is
-    the untuned plan where nothing beat it.
+    Starts from the best untuned solvers on three grids. Rows have a closed form (:func:`least_squares`), which costs one run
+    and is all that little time allows. Then the best grid and the times that the network is told are searched, and rows follow
+    in closed form again. From the best of these, and if time is left from the others, all numbers are searched together, by
+    Levenberg and Marquardt's method. What every step finds is judged on held-out trajectories; the best there is returned, and
+    that is the untuned plan where nothing beat it.
 
     Args:
         seconds: of learning; it ends earlier where nothing improves.
@@ -101,9 +101,9 @@ def tune(
     held_out = max(1, len(problem) // 3) if held_out is None else held_out
     tuning = _Tuning(*problem.split(held_out), nfe, seconds, report)
     given = start is not None and tuning.take(_given(start, tuning.judge, nfe))
-    first = tuning.best
-    begins = [tuning.rows(first)]
-    if not given and (placed := tuning.search(first, GRID)) is not first:
+    starts = [tuning.best] if given else tuning.starts
+    begins = [tuning.rows(start) for start in starts]
+    if not given and (placed := tuning.search(starts[0], GRID)) is not starts[0]:
         begins.append(tuning.rows(placed))
     for begin in sorted(begins, key=lambda u: u.error):
         tuning.search(begin, ROWS)
@@ -116,7 +116,7 @@ class _Tuning:
     def __init__(self, train: Problem, judge: Problem, nfe: int, seconds: float, report: Report | None) -> None:
         self.train, self.judge, self.seconds, self.report = train, judge, seconds, report
         self.began = time.monotonic()
-        few = untuned(train, nfe, samples=8)[:3]
+        few = shortlist(train, nfe)
         before = time.monotonic()
         judged = [replace(u, error=float(error(u.plan, judge).mean())) for u in few]
         judged = [u for u in judged if math.isfinite(u.error)]
@@ -126,7 +126,8 @@ class _Tuning:
             )
         self.pace = (time.monotonic() - before) / (len(few) * nfe * len(judge))
         """Seconds of a network call for a sample."""
-        self.best = _least(*judged)
+        self.starts = sorted(judged, key=lambda u: u.error)
+        self.best = self.starts[0]
         self.untouched, self.begin = self.best.error, f"{self.best.solver} on {self.best.grid.name}"
         self.stage, self.history = "untuned", list[dict[str, float | None]]()
 
@@ -148,7 +149,7 @@ class _Tuning:
         if found < self.best.error:
             self.best, self.stage = here, stage
         if self.report is not None:
-            sets = GRID.sets + 2 * ROWS.sets
+            sets = GRID.sets + (1 + len(self.starts)) * ROWS.sets
             share = max(len(self.history) / (sets * (1 + SECANTS)), self.spent / self.seconds)
             self.report(Progress(min(share, 1.0), stage, loss, self.best.error, self.best.plan))
         return here
@@ -180,7 +181,7 @@ class _Tuning:
         if self.spent >= self.seconds:
             return begin
         plan = least_squares(begin.plan, self.train, free=True)
-        return _least(begin, self.seen(plan, float(error(plan, self.train).mean()), "rows"))
+        return _least(begin, self.seen(plan, float(error(plan, self.train.take(slice(0, FEWEST))).mean()), "rows"))
 
     def result(self, about: Mapping[str, Any]) -> SolverPlan:
         told: dict[str, Any] = {
