@@ -39,14 +39,8 @@ EARLY: tuple[tuple[str, Terminal], ...] = (
     ("beta(a=0.8, b=0.8)", "sigma_min"), ("karras(rho=5)", "sigma_min"), ("trailing", "sigma_min"),
 )  # fmt: skip
 """Grids that end before the noise does, which few calls are often better with."""
-ROUNDS = ((1, 16), (3, 8), (8, 8))
+ROUNDS = ((1, 12), (2, 6), (6, 6))
 """(samples, candidates that go on) of :func:`shortlist`."""
-
-
-def usual(schedule: NoiseSchedule) -> list[Solver]:
-    """The solvers that people take first."""
-    solvers: list[Solver] = [DPMSolver(order=2), DPMSolver(order=3), UniPC(order=2), UniPC(order=3)]
-    return [*solvers, FlowSolver(order=2)] if schedule.family == "flow" else solvers
 
 
 def candidates(
@@ -71,12 +65,15 @@ def untuned(problem: Problem, nfe: int, *, samples: int = 16) -> list[Untuned]:
     Raises:
         FewstepError: a number of calls that no candidate can make, or NaN from all of them.
     """
-    found = list(candidates(problem.schedule, nfe, usual(problem.schedule), USUAL))
+    solvers: list[Solver] = [DPMSolver(order=2), DPMSolver(order=3), UniPC(order=2), UniPC(order=3)]
+    if problem.schedule.family == "flow":
+        solvers.append(FlowSolver(order=2))
+    found = list(candidates(problem.schedule, nfe, solvers, USUAL))
     return _ranked(found, problem.take(slice(0, samples)), nfe)
 
 
 def shortlist(problem: Problem, nfe: int) -> list[Untuned]:
-    """The best solvers on three different grids out of many more than the usual ones, the best first.
+    """The best solvers on three different grids, out of more grids than the usual ones, the best first.
 
     All are tried on one sample, the better ones on more (successive halving, 1502.07943): a bad grid is seen to be one on any
     sample.
@@ -85,9 +82,9 @@ def shortlist(problem: Problem, nfe: int) -> list[Untuned]:
         FewstepError: as :func:`untuned`.
     """
     schedule = problem.schedule
-    solvers: list[Solver] = [*usual(schedule), DEIS(order=3), IPNDM(order=3)]
+    solvers: list[Solver] = [DPMSolver(order=2), UniPC(order=2), DEIS(order=3), IPNDM(order=3)]
     if schedule.family == "flow":
-        solvers.append(FlowSolver(order=2, weights="equal"))
+        solvers += [FlowSolver(order=2), FlowSolver(order=2, weights="equal")]
     alive = [u for u in candidates(schedule, nfe, solvers, (*USUAL, *EARLY)) if _is_mixture(u.plan, schedule)]
     for samples, count in ROUNDS:
         alive = _ranked(alive, problem.take(slice(0, samples)), nfe)[:count]
