@@ -47,6 +47,21 @@ def test_untuned_plans_come_the_best_first(problems, name):
         learn.untuned(problems[name], 0)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_shortlist_is_of_different_grids_and_reaches_further_than_the_usual(problems, name):
+    problem = problems[name]
+    listed = learn.shortlist(problem, 5)
+    assert 1 <= len({u.grid for u in listed}) == len(listed) <= 3
+    assert [u.error for u in listed] == sorted(u.error for u in listed)
+    few = problem.take(slice(0, 6))  # what the last round is judged on
+    assert listed[0].error == pytest.approx(mean_error(listed[0].plan, few), rel=1e-9)
+    one = problem.take(slice(0, 1))  # all rounds are of it then, and nothing that is better can have been left out
+    usual = [u.error for u in learn.untuned(one, 5) if u.solver in (DPMSolver(order=2), UniPC(order=2))]
+    assert learn.shortlist(one, 5)[0].error <= min(usual) * (1 + 1e-9)
+    with pytest.raises(FewstepError, match="in 0 calls"):
+        learn.shortlist(problem, 0)
+
+
 # -- shortest paths ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("discount", [1.0, 1.15])
 def test_the_shortest_path_is_that_of_trying_all(discount):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fewstep.samplers.learn.methods.gradient import s4s as s4s
     from fewstep.samplers.learn.methods.gradient import time_tuner as time_tuner
     from fewstep.samplers.learn.methods.statistics import ems as ems
+    from fewstep.samplers.learn.methods.untuned import shortlist as shortlist
     from fewstep.samplers.learn.methods.untuned import untuned as untuned
     from fewstep.samplers.learn.plans import OutsideCalibration as OutsideCalibration
     from fewstep.samplers.learn.plans import load as load
@@ -66,7 +67,7 @@ _MODULES = {
     "methods.evolution": ("Evolution", "autodiffusion", "s3"),
     "methods.gradient": ("bespoke", "bns", "ld3", "neural_solver", "s4s", "time_tuner"),
     "methods.statistics": ("ems",),
-    "methods.untuned": ("untuned",),
+    "methods.untuned": ("shortlist", "untuned"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
