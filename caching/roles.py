@@ -133,6 +133,9 @@ class Ghost(Role):
     Zeros of stride 0, so they cost no memory and what is done to them little.
     """
 
+    written: bool = False
+    """Whether the model may write into what it returns, which must have memory of its own then."""
+
     def compute(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         out = forward(*args, **kwargs)
         if at.keep:
@@ -140,7 +143,12 @@ class Ghost(Role):
         return out
 
     def reuse(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        return tree_map(lambda s: s.placeholder() if isinstance(s, _Shape) else s, at.cell.shapes[self.path])
+        def made(leaf: Any) -> Any:
+            if not isinstance(leaf, _Shape):
+                return leaf
+            return leaf.placeholder().contiguous() if self.written else leaf.placeholder()
+
+        return tree_map(made, at.cell.shapes[self.path])
 
     def teach(self, at: Moment, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], fit: Fit) -> Any:
         return forward(*args, **kwargs)  # the true value depends on it

@@ -61,11 +61,14 @@ class UNetFamily(Family):
         for i, block in enumerate(down):
             path = f"down_blocks.{i}"
             layers = [f"{path}.{part}" for part in _down_layers(block)]
+            adapted = not hasattr(
+                block, "attentions"
+            )  # the model itself adds a T2I-Adapter's features to what it returns
             if index >= kept:
-                roles.append(Ghost(path))
+                roles.append(Ghost(path, written=adapted))
             else:
                 dead = [layer for j, layer in enumerate(layers) if index + j >= kept]
-                roles += [Ghost(part) for layer in dead for part in _with_attention(self.model, layer)]
+                roles += [Ghost(part, written=adapted) for layer in dead for part in _with_attention(self.model, layer)]
             index += len(layers)
         if getattr(self.model, "mid_block", None) is not None:
             roles.append(Ghost("mid_block"))

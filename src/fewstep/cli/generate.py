@@ -30,4 +30,4 @@ def generate(
         out, model, prompt or (), scheduler=scheduler or "DPMSolver", steps=10 if steps is None else steps,
         guidance=guidance, seed=seed, count=n, device=device, recipe=recipe,
     )  # fmt: skip
-    print(f"{out}: {n} images, {made.nfe_per_image:g} NFE/image, {made.seconds / n:.3g} s/image")
+    print(f"{out}: {n} image{'s' if n > 1 else ''}, {made.nfe_per_image:g} NFE/image, {made.seconds / n:.3g} s/image")
