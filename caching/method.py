@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -141,13 +142,12 @@ def steps_table(computed: Sequence[bool], sites: int) -> Actions:
     return np.repeat(column[:, None], sites, 1).astype(np.int8)
 
 
-def check_count(count: int, name: str) -> None:
-    """Raises FewstepError where a count is no whole number of at least 1."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise FewstepError(f"{name} is {count!r}; give a whole number, at least 1")
+def check_count(count: int, name: str, of: str = ", at least 1") -> None:
+    """Raises FewstepError where a count is no whole number of at least 1, numpy's included."""
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise FewstepError(f"{name} is {count!r}; give a whole number{of}")
 
 
 def check_interval(interval: int, name: str = "interval") -> None:
     """Raises FewstepError where an interval is no whole number of at least 1."""
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise FewstepError(f"{name} is {interval!r}; give a whole number of steps, 1 to compute always")
+    check_count(interval, name, " of steps, 1 to compute always")

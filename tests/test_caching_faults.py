@@ -73,6 +73,16 @@ def test_odd_arguments_are_named(pipe):
     assert caching.controller_of(pipe) is None
 
 
+def test_counts_may_be_numpys(pipe, tmp_path):
+    four = np.arange(5)[-1]
+    with caching.applied(pipe, caching.Interval(np.int64(2), at=("blocks",)), num_inference_steps=four) as controller:
+        pipe([1], num_inference_steps=4, output_type="np")
+    assert controller.report().hit_rate == 0.5
+    plan = caching.profile(pipe, caching.Interval(2, at=("blocks",)), ["dress"], num_inference_steps=four, samples=1)
+    plan.save(tmp_path / "plan.json")
+    assert caching.CachePlan.load(tmp_path / "plan.json").num_inference_steps == 4
+
+
 def test_blocks_that_take_turns_have_no_range():
     from diffusers import LatteTransformer3DModel
 

@@ -13,9 +13,8 @@ def adapted(request):
     """A tiny UNet that gets features in every call, those of the same picture, and what it makes without them."""
     tiny = TINY[request.param]
     model, shapes, hooks = tiny.model(), [], []
-    for (
-        block
-    ) in model.down_blocks:  # blocks with attention add theirs before the downsampler, the model behind the others
+    # Blocks with attention add theirs before the downsampler; behind the others the model does.
+    for block in model.down_blocks:
         last = block.attentions[-1] if hasattr(block, "attentions") else block
         hooks.append(last.register_forward_hook(lambda module, args, out: shapes.append(out[0].shape)))
     (without,) = trajectory(tiny, model, [tiny.conditioning()], torch.full((1,), 500))

@@ -67,6 +67,7 @@ class Runs:
             raise FewstepError(f"{type(pipe).__name__} needs prompts to be calibrated on")
         for name, value in (("num_inference_steps", steps), ("samples", count), ("batch", batch)):
             check_count(value, name)
+        steps = int(steps)  # numpy's would not go into a plan's file
         given = given or [""]
         return cls(
             pipe=pipe,

@@ -61,9 +61,8 @@ class UNetFamily(Family):
         for i, block in enumerate(down):
             path = f"down_blocks.{i}"
             layers = [f"{path}.{part}" for part in _down_layers(block)]
-            adapted = not hasattr(
-                block, "attentions"
-            )  # the model itself adds a T2I-Adapter's features to what it returns
+            # To what a block without attention returns, the model itself adds a T2I-Adapter's features, in place.
+            adapted = not hasattr(block, "attentions")
             if index >= kept:
                 roles.append(Ghost(path, written=adapted))
             else:

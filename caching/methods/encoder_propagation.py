@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from fewstep.caching.families import Family
 from fewstep.caching.families.unet import ENCODER, UNetFamily
@@ -45,7 +46,7 @@ class EncoderPropagation(Method):
             check_interval(self.keys, "keys")
         else:
             object.__setattr__(self, "keys", tuple(self.keys))
-            if not all(isinstance(key, int) and key >= 0 for key in self.keys):
+            if not all(isinstance(key, Integral) and key >= 0 for key in self.keys):
                 raise FewstepError(f"keys are {self.keys}; give steps, whole numbers from 0")
 
     def sites(self, family: Family) -> list[str]:
